@@ -1,7 +1,8 @@
 """The one interface every way of guessing implements: ``begin / propose / commit / end``, keyed by session id.
 
-A drafter is a plain class without threads or Ray; its host (the engine thread, or ``cluster.rounds.draft_worker``) calls
-it from one thread. A wrong guess costs time, never correctness. ``docs/add_a_drafter.md`` walks through adding one.
+A drafter is a plain class without threads or Ray; its host (the engine thread, or ``cluster.rounds.draft_worker``)
+calls it from one thread. A wrong guess costs time, never correctness. ``docs/add_a_drafter.md`` walks through adding
+one.
 """
 
 from __future__ import annotations

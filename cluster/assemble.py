@@ -1,0 +1,115 @@
+"""Puts an engine together from its configuration: weights, kernels, drafter, scheduler, pipeline. No Ray here."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.core.config import EngineConfig, ModelConfig, ServiceConfig, StageConfig
+from cluster.core.types import GenerateRequest, ModelInfo, tokenizer_hash
+from cluster.engine.rank import Rank, build_rank
+from cluster.engine.step_cost import measure_steps
+from cluster.engine.verifier import Verifier
+from cluster.engine.weights import eos_token_ids, load_tokenizer, read_config, resolve_model
+from cluster.rounds.detokenize import StreamDecoder, TextStream
+from cluster.rounds.governor import CostCurve
+from cluster.rounds.pipeline import DraftTransport, Pipeline
+from cluster.rounds.scheduler import Scheduler
+from cluster.rounds.session import Limits
+from cluster.tree_engine import TreeEngine
+from drafters import TargetFacts, create
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A loaded target model and what its sessions need."""
+
+    folder: Path
+    model: ModelConfig
+    rank: Rank
+    tokenizer: Any
+    limits: Limits
+    curve: CostCurve
+    info: ModelInfo
+
+    def text_of(self, request: GenerateRequest) -> TextStream:
+        decoder = StreamDecoder(self.tokenizer.backend_tokenizer, request.prompt_token_ids)
+        return TextStream(decoder, request.params.stop)
+
+
+def load_target(
+    model: ModelConfig, engine: EngineConfig, stages: Sequence[str] = (), report: Callable[[str], None] = log.info
+) -> Target:
+    """Load weights, reserve KV, measure the cost curve. Raises ``ConfigError`` for what cannot be served."""
+    start = time.perf_counter()
+    folder = resolve_model(model.source, report)
+    config = read_config(folder)
+    max_model_len = min(engine.max_model_len, config.max_positions)
+    report(f"loading {model.name} ({config.architecture}, {model.dtype})")
+    scratch = max(engine.max_rows, engine.max_nodes + 1)
+    rank = build_rank(
+        folder,
+        model.dtype,
+        num_slots=engine.kv_slots,
+        capacity=max_model_len,
+        scratch=scratch,
+        kernels=model.kernels,
+        threads=model.threads,
+    )
+    tokenizer = load_tokenizer(folder)
+    curve = CostCurve(*measure_steps(rank, engine.max_rows))
+    steps = ", ".join(f"{rows}: {1e3 * seconds:.1f}" for rows, seconds in zip(curve.rows, curve.seconds))
+    report(f"ready in {time.perf_counter() - start:.1f} s; {rank.kernels} kernels; ms per step by rows: {steps}")
+    info = ModelInfo(
+        model=model.name,
+        architecture=config.architecture,
+        vocab_size=config.vocab_size,
+        max_model_len=max_model_len,
+        dtype=model.dtype,
+        kernels=rank.kernels,
+        row_invariant=rank.row_invariant,
+        stages=tuple(stages),
+        tokenizer_hash=tokenizer_hash(tokenizer.get_vocab()),
+    )
+    return Target(folder, model, rank, tokenizer, Limits(max_model_len, frozenset(eos_token_ids(folder))), curve, info)
+
+
+def build_scheduler(
+    target: Target, engine: EngineConfig, local_stage: StageConfig | None, pipeline: Pipeline | None = None
+) -> Scheduler:
+    """The round's loop over a loaded target, with the drafter that guesses in the engine's own thread, if any."""
+    slots: dict[str, int] = {}
+    local = None
+    if local_stage is not None:
+        facts = TargetFacts(target.info.vocab_size, target.info.max_model_len, target.folder, target.model.dtype)
+        local = create(local_stage, target=facts, rank=target.rank, slot_of=slots.__getitem__)
+    return Scheduler(engine, Verifier(target.rank), target.curve, local, pipeline, slots)
+
+
+def build_engine(
+    config: ServiceConfig,
+    connect: Callable[[ModelInfo], DraftTransport] | None = None,
+    report: Callable[[str], None] = log.info,
+) -> TreeEngine:
+    """A running engine. ``connect`` makes the transport to the remote stages once the target's facts are known."""
+    target = load_target(config.model, config.engine, config.remote_stages or ("small",), report)
+    pipeline, transport = None, None
+    if connect is not None and config.remote_stages:
+        transport = connect(target.info)
+        pipeline = Pipeline(transport, config.remote_stages, target.info.vocab_size, config.engine.max_nodes)
+    scheduler = build_scheduler(target, config.engine, config.local_drafter, pipeline)
+    return TreeEngine(
+        scheduler,
+        target.rank.kv,
+        target.info,
+        target.limits,
+        target.text_of,
+        pipeline,
+        getattr(transport, "stop", None),
+    )

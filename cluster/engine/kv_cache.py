@@ -1,0 +1,169 @@
+"""The KV cache: static slots, each a committed prefix with the scratch rows of the current round right behind it.
+
+A slot of length L holds the keys and values of positions 0 ... L-1, then scratch row i at index L + i. Scratch rows
+form a tree (or a prompt's chain); ``commit`` keeps one root-to-node path of it. docs/round.md tells the story.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cluster.core.errors import Overloaded
+from cluster.engine.model_config import DecoderConfig
+
+Int32Array = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRows:
+    """The rows of one KV slot in a step.
+
+    tokens:  (n,) int32.
+    parents: (n,) int32, index of the parent among the slot's scratch rows: rows kept from earlier passes of this round
+             come first, then these. -1 hangs directly on the committed prefix.
+    scratch_start: scratch index of the first of these rows, that is, how many rows of earlier passes are kept.
+    logits:  which of the rows need the LM head: all, none, or (n,) bool.
+    """
+
+    slot: int
+    tokens: Int32Array
+    parents: Int32Array
+    scratch_start: int = 0
+    logits: bool | npt.NDArray[np.bool_] = True
+
+
+@dataclass(slots=True)
+class _Slot:
+    """``paths[i]``: scratch indices from the root down to scratch row i, itself included."""
+
+    owned: bool = False
+    length: int = 0
+    paths: list[Int32Array] = field(default_factory=list)
+
+
+class KVCache:
+    """Keys and values of all layers and slots, with the bookkeeping of who owns what.
+
+    ``keys[layer]``, ``values[layer]``: (slots, capacity + scratch, kv_heads, head_dim). ``capacity`` bounds a slot's
+    committed length; ``scratch`` is the room a full slot still has for a round's rows.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, num_slots: int, capacity: int, scratch: int, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.num_slots, self.capacity, self.scratch = num_slots, capacity, scratch
+        shape = (config.num_layers, 2, num_slots, capacity + scratch, config.num_kv_heads, config.head_dim)
+        # Zeros, not garbage: the torch kernels read keys that they then mask, and 0 * NaN would show.
+        self._data = torch.zeros(shape, dtype=dtype)
+        self.keys = [self._data[layer, 0] for layer in range(config.num_layers)]
+        self.values = [self._data[layer, 1] for layer in range(config.num_layers)]
+        self._slots = [_Slot() for _ in range(num_slots)]
+        self._free = list(range(num_slots))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def slot_size(self) -> int:
+        """Positions of one slot: capacity plus scratch."""
+        return self.capacity + self.scratch
+
+    def allocate(self) -> int:
+        """Take a free slot, empty. Raises ``Overloaded`` when there is none."""
+        if not self._free:
+            raise Overloaded(f"all {self.num_slots} KV slots are in use")
+        slot = self._free.pop()
+        self._slots[slot] = _Slot(owned=True)
+        return slot
+
+    def free(self, slot: int) -> None:
+        """Give a slot back. Raises ``ValueError`` if it is not owned."""
+        self._owned(slot)
+        self._slots[slot] = _Slot()
+        self._free.append(slot)
+
+    def length(self, slot: int) -> int:
+        """Committed positions of the slot."""
+        return self._owned(slot).length
+
+    def add_scratch(self, rows: SlotRows) -> list[Int32Array]:
+        """Record the rows a step is about to write; what lay behind ``scratch_start`` is void.
+
+        Returns each row's path: scratch indices root first, the row itself last. Raises ``ValueError`` for rows that do
+        not fit or whose parents do not stand before them.
+        """
+        state, start, count = self._owned(rows.slot), rows.scratch_start, len(rows.tokens)
+        if not 0 <= start <= len(state.paths):
+            raise ValueError(f"scratch_start {start}: slot {rows.slot} holds {len(state.paths)} scratch rows")
+        if state.length + start + count > self.slot_size:
+            raise ValueError(f"{start + count} rows behind {state.length} positions exceed {self.slot_size}")
+        parents = np.asarray(rows.parents)
+        order = np.arange(start, start + count)
+        if parents.shape != (count,) or bool(((parents < -1) | (parents >= order)).any()):
+            raise ValueError(f"slot {rows.slot}: a parent does not stand before its child")
+        paths = state.paths[:start]
+        if count and bool((parents[1:] == order[:-1]).all()):
+            above = paths[parents[0]] if parents[0] >= 0 else np.empty(0, np.int32)
+            chain = np.concatenate([above, order.astype(np.int32)])
+            paths += [chain[: len(above) + row + 1] for row in range(count)]
+        else:
+            for row, parent in enumerate(parents.tolist(), start):
+                here = np.array([row], np.int32)
+                paths.append(np.concatenate([paths[parent], here]) if parent >= 0 else here)
+        state.paths = paths
+        return paths[start:]
+
+    def commit(self, slot: int, rows: Sequence[int]) -> None:
+        """Keep these scratch rows, a root-to-node path in order, as the next positions; all other scratch is void.
+
+        Example: length 10, rows [0, 2]: scratch row 2 moves from index 12 to 11, the length becomes 12.
+        Raises ``ValueError`` if the rows are not such a path or exceed the capacity.
+        """
+        state = self._owned(slot)
+        path = list(rows)
+        if path and not (0 <= path[-1] < len(state.paths) and state.paths[path[-1]].tolist() == path):
+            raise ValueError(f"slot {slot}: rows {path} are not a path from the root through its scratch")
+        if state.length + len(path) > self.capacity:
+            raise ValueError(f"slot {slot}: {state.length} + {len(path)} positions exceed the capacity {self.capacity}")
+        first_moved = next((index for index, row in enumerate(path) if row != index), len(path))
+        if first_moved < len(path):
+            start = state.length + first_moved
+            sources = torch.tensor(path[first_moved:]) + state.length
+            region = self._data[:, :, slot]
+            region[:, :, start : start + len(sources)] = region[:, :, sources]
+        state.length += len(path)
+        state.paths = []
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Roll back to a shorter committed length; scratch is void. Raises ``ValueError`` if it is longer."""
+        state = self._owned(slot)
+        if not 0 <= length <= state.length:
+            raise ValueError(f"slot {slot}: cannot truncate {state.length} positions to {length}")
+        state.length = length
+        state.paths = []
+
+    def check(self) -> None:
+        """Verify the bookkeeping; cheap enough for every round. Raises ``RuntimeError`` naming the breach."""
+        owned = sum(slot.owned for slot in self._slots)
+        if len(set(self._free)) != len(self._free) or len(self._free) + owned != self.num_slots:
+            raise RuntimeError(f"{len(self._free)} free + {owned} owned slots are not {self.num_slots}")
+        for index, slot in enumerate(self._slots):
+            if slot.owned == (index in self._free):
+                raise RuntimeError(f"slot {index} is both free and owned, or neither")
+            if not 0 <= slot.length <= self.capacity or slot.length + len(slot.paths) > self.slot_size:
+                raise RuntimeError(
+                    f"slot {index}: length {slot.length} with {len(slot.paths)} scratch rows is too long"
+                )
+            if not slot.owned and (slot.length or slot.paths):
+                raise RuntimeError(f"free slot {index} still holds {slot.length} positions")
+
+    def _owned(self, slot: int) -> _Slot:
+        if not 0 <= slot < self.num_slots or not self._slots[slot].owned:
+            raise ValueError(f"KV slot {slot} is not allocated")
+        return self._slots[slot]

@@ -1,0 +1,115 @@
+"""One rank of the target: its weights, its KV cache, and the forward pass over a batch of trees and prompt chunks."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cluster.core.errors import ConfigError
+from cluster.engine.decoder import Decoder
+from cluster.engine.kernels import choose_kernels
+from cluster.engine.kv_cache import KVCache, SlotRows
+from cluster.engine.model_config import DecoderConfig
+from cluster.engine.rows import lay_out
+from cluster.engine.weights import load_weights, read_config
+
+logger = logging.getLogger(__name__)
+
+
+class Rank:
+    """A decoder and a KV cache. Not thread-safe: one thread drives it."""
+
+    def __init__(self, decoder: Decoder, kv: KVCache) -> None:
+        if decoder.num_positions < kv.slot_size:
+            raise ValueError(f"{kv.slot_size} positions per slot, but rotary tables for {decoder.num_positions}")
+        self.decoder = decoder
+        self.kv = kv
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self.decoder.config
+
+    @property
+    def kernels(self) -> str:
+        """Which kernels compute: ``native`` or ``torch``."""
+        return self.decoder.kernels.name
+
+    @functools.cached_property
+    def row_invariant(self) -> bool:
+        """Whether a row's logits are bit-equal whatever else is in the step, as a check on this machine found."""
+        return is_row_invariant(self.decoder)
+
+    @torch.inference_mode()
+    def forward(self, batch: Sequence[SlotRows], skip: frozenset[int] = frozenset()) -> torch.Tensor:
+        """Compute all rows in one step. Returns (rows wanting logits, in batch order, vocab) fp32.
+
+        Keys and values become scratch of their slots, until ``kv.commit`` keeps a path or the next pass voids them.
+        ``skip``: sub-layers left out, 2 * layer for attention, 2 * layer + 1 for the MLP. Raises ``ValueError`` for
+        rows that do not fit the cache or break the tree's order.
+        """
+        if not batch:
+            return torch.empty((0, self.config.vocab_size))
+        return self.decoder.forward(lay_out(batch, self.kv, self.config.vocab_size), self.kv, skip)
+
+
+def build_rank(
+    folder: Path,
+    dtype: str,
+    *,
+    num_slots: int,
+    capacity: int,
+    scratch: int,
+    kernels: str = "auto",
+    threads: int = 0,
+) -> Rank:
+    """Load a model folder and check that its kernels are row-invariant here.
+
+    dtype: bfloat16, float32 or float64. threads: 0 takes torch's number. Raises ``ConfigError`` for a model or a choice
+    that cannot be served.
+    """
+    config = read_config(folder)
+    if config.sliding_window is not None and config.sliding_window < capacity:
+        raise ConfigError(
+            f"sliding_window: {config.sliding_window} is not supported with max_model_len {capacity}; "
+            f"allowed: max_model_len up to {config.sliding_window}"
+        )
+    chosen = choose_kernels(kernels, dtype, threads)
+    decoder = Decoder(config, load_weights(folder, config, chosen.dtype), chosen, capacity + scratch)
+    rank = Rank(decoder, KVCache(config, num_slots, capacity, scratch, chosen.dtype))
+    if not rank.row_invariant:
+        logger.warning(
+            "kernels: %s in %s are not row-invariant here: output may depend on batching", chosen.name, dtype
+        )
+    return rank
+
+
+def is_row_invariant(decoder: Decoder) -> bool:
+    """Run the first layer and the head on random tokens in several groupings, and compare bit for bit.
+
+    Every matrix shape of the model is in one layer and the head, so this costs a fraction of a step.
+    """
+    config = decoder.config
+    skip = frozenset(range(2, 2 * config.num_layers))
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, 24, dtype=np.int32)
+    chain = np.arange(-1, 23, dtype=np.int32)
+    size = min(48, decoder.num_positions)
+    rank = Rank(decoder, KVCache(config, 2, size // 2, size - size // 2, decoder.kernels.dtype))
+    tokens, chain = tokens[: size // 2], chain[: size // 2]
+    whole = rank.kv.allocate()
+    expected = rank.forward([SlotRows(whole, tokens, chain)], skip)
+    for width in (1, 3):
+        slot = rank.kv.allocate()
+        parts = []
+        for start in range(0, len(tokens), width):
+            chunk = tokens[start : start + width]
+            parts.append(rank.forward([SlotRows(slot, chunk, chain[: len(chunk)])], skip))
+            rank.kv.commit(slot, range(len(chunk)))
+        rank.kv.free(slot)
+        if not torch.equal(torch.cat(parts), expected):
+            return False
+    return True

@@ -1,0 +1,104 @@
+"""One verify step: prefill chunks and token trees of many sessions in, accepted paths out.
+
+The verifier is the only source of truth about what a session's next tokens are; drafters only decide how many of them
+one step can confirm. Positions: a decoding session of length *base* has its root, the last emitted token, at position
+base - 1, whose K/V is not computed yet; so a slot's committed length is base - 1 between steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.core.accept import Accepted, accept
+from cluster.core.errors import EngineFailed
+from cluster.core.token_tree import TokenTree
+from cluster.core.types import SamplingParams
+from cluster.core.warp import History
+from cluster.engine.kv_cache import SlotRows
+from cluster.engine.rank import Rank
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Prompt tokens of one slot whose K/V is to be computed; no logits, no output."""
+
+    slot: int
+    token_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Verify:
+    """One session's tree, hung on ``root`` (its last token). ``position`` is base: where the first new token stands."""
+
+    slot: int
+    root: int
+    tree: TokenTree
+    params: SamplingParams
+    history: History
+    position: int
+    stop_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Seconds of one step: the forward pass, and the walks with their KV commits."""
+
+    forward: float
+    accept: float
+
+
+class Verifier:
+    """Runs steps over a rank. Touches torch; owned by the engine thread."""
+
+    def __init__(self, rank: Rank) -> None:
+        self.rank = rank
+
+    def step(
+        self, prefills: Sequence[Prefill], verifies: Sequence[Verify]
+    ) -> tuple[list[Accepted | EngineFailed], StepTimes]:
+        """One forward pass for everything; commits K/V of the prefilled tokens and of every accepted path.
+
+        Returns one entry per verify, in order: the accepted block, or the error of a session whose row cannot be
+        decided (NaN logits), which concerns that session alone.
+        """
+        start = time.perf_counter()
+        batch = [_tree_rows(work) for work in verifies] + [_chain_rows(work) for work in prefills]
+        logits = self.rank.forward(batch)
+        rows = logits.numpy()
+        forwarded = time.perf_counter()
+        for chunk in prefills:
+            self.rank.kv.commit(chunk.slot, range(len(chunk.token_ids)))
+        results: list[Accepted | EngineFailed] = []
+        at = 0
+        for work in verifies:
+            size = len(work.tree) + 1
+            try:
+                block = accept(rows[at : at + size], work.tree, work.params, work.history, work.position, work.stop_ids)
+            except EngineFailed as error:
+                results.append(error)
+            else:
+                self.rank.kv.commit(work.slot, [0, *(node + 1 for node in block.nodes)])
+                results.append(block)
+            at += size
+        return results, StepTimes(forwarded - start, time.perf_counter() - forwarded)
+
+
+def _tree_rows(work: Verify) -> SlotRows:
+    """Row 0 is the root, row i + 1 is node i; the root hangs on the committed prefix."""
+    tokens = np.concatenate(([work.root], work.tree.tokens)).astype(np.int32)
+    parents = np.concatenate(([-1], work.tree.parents + 1)).astype(np.int32)
+    return SlotRows(work.slot, tokens, parents)
+
+
+def _chain_rows(work: Prefill) -> SlotRows:
+    count = len(work.token_ids)
+    return SlotRows(
+        work.slot,
+        np.asarray(work.token_ids, np.int32),
+        np.arange(-1, count - 1, dtype=np.int32),
+        logits=False,
+    )

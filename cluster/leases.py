@@ -1,0 +1,160 @@
+"""``RayDraftTransport``: asks travel as plain actor calls, and a stage's answer as an object ref into the next stage.
+
+Control plane: a lease per session and stage is one long streaming Serve call, so that Serve balances, wakes, drains and
+scales drafters by their number of sessions. Data plane: calls on the leased worker's own actor handle.
+All of it runs on one event loop in a thread of its own; the engine thread never waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError
+
+from cluster.core.errors import ConfigError
+from cluster.rounds.messages import PROTOCOL_VERSION, DraftAsk, DraftReply, Lease
+from cluster.rounds.pipeline import ChainAsk
+
+log = logging.getLogger(__name__)
+
+REOPEN_AFTER_S = 1.0
+
+Deliver = Callable[[DraftReply], None]
+Fail = Callable[[str, Sequence[str]], None]
+
+
+def deployment_name(stage: str) -> str:
+    """Name of a stage's ``Draft`` deployment."""
+    return f"Draft-{stage}"
+
+
+class RayDraftTransport:
+    """Implements ``DraftTransport`` over leases from the ``Draft`` deployments of the application ``app``."""
+
+    def __init__(self, verifier: str, app: str, stages: Sequence[str], tokenizer_hash: str) -> None:
+        self._verifier = verifier
+        self._app = app
+        self._stages = tuple(stages)
+        self._tokenizer_hash = tokenizer_hash
+        self._workers: dict[tuple[str, str], Any] = {}  # (session, stage) -> actor handle
+        self._tasks: dict[str, list[asyncio.Task[None]]] = {}
+        self._calls: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="draft-transport", daemon=True)
+        self._thread.start()
+
+    # --- called by the engine thread; nothing here blocks
+
+    def open(self, session_id: str, stages: Sequence[str]) -> None:
+        self._loop.call_soon_threadsafe(self._open, session_id, tuple(stages))
+
+    def ready(self, session_id: str, stage: str) -> bool:
+        return (session_id, stage) in self._workers
+
+    def draft(self, chains: Sequence[ChainAsk], deliver: Deliver, fail: Fail) -> None:
+        self._loop.call_soon_threadsafe(self._send, chains, deliver, fail)
+
+    def close(self, session_id: str) -> None:
+        self._loop.call_soon_threadsafe(self._close, session_id)
+
+    def leases(self) -> dict[str, int]:
+        counts = dict.fromkeys(self._stages, 0)
+        for _, stage in list(self._workers):
+            counts[stage] += 1
+        return counts
+
+    def stop(self) -> None:
+        """Give every lease back and end the thread."""
+
+        async def drain() -> None:
+            tasks = [task for tasks in self._tasks.values() for task in tasks] + list(self._calls)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(drain(), self._loop).result(timeout=10.0)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10.0)
+
+    # --- on the transport's loop
+
+    def _open(self, session_id: str, stages: Sequence[str]) -> None:
+        self._tasks[session_id] = [self._loop.create_task(self._keep_lease(session_id, stage)) for stage in stages]
+
+    def _close(self, session_id: str) -> None:
+        for task in self._tasks.pop(session_id, ()):
+            task.cancel()
+
+    async def _keep_lease(self, session_id: str, stage: str) -> None:
+        """Hold a lease until the session is closed; open another where one ends (ttl, redeploy, scale-down)."""
+        while True:
+            try:
+                await self._lease_once(session_id, stage)
+            except ConfigError as error:
+                log.error("stage %s is not used: %s", stage, error)
+                return
+            except Exception as error:  # no such deployment yet, replica gone, ...: drafters may come later
+                log.debug("no lease of stage %s for %s: %s", stage, session_id, error)
+            finally:
+                self._workers.pop((session_id, stage), None)
+            await asyncio.sleep(REOPEN_AFTER_S)
+
+    async def _lease_once(self, session_id: str, stage: str) -> None:
+        handle = serve.get_deployment_handle(deployment_name(stage), self._app)
+        stream = handle.options(stream=True).open.remote(self._verifier, session_id)
+        try:
+            async for lease in stream:
+                self._check(stage, lease)
+                self._workers[session_id, stage] = lease.worker
+        finally:
+            stream.cancel()
+
+    def _check(self, stage: str, lease: Lease) -> None:
+        if lease.facts.protocol != PROTOCOL_VERSION:
+            raise ConfigError(f"its worker speaks protocol {lease.facts.protocol}, this target {PROTOCOL_VERSION}")
+        if lease.facts.tokenizer_hash != self._tokenizer_hash:
+            raise ConfigError(
+                f"its worker's tokenizer is {lease.facts.tokenizer_hash}, the target's is {self._tokenizer_hash}"
+            )
+
+    def _send(self, chains: Sequence[ChainAsk], deliver: Deliver, fail: Fail) -> None:
+        """One call per worker: sessions that share the same workers travel together."""
+        groups: dict[tuple[tuple[str, Any], ...], list[ChainAsk]] = defaultdict(list)
+        for chain in chains:
+            workers = tuple((stage, self._workers.get((chain.session_id, stage))) for stage in chain.asks)
+            if all(worker is not None for _, worker in workers):
+                groups[workers].append(chain)
+        for workers, members in groups.items():
+            task = self._loop.create_task(self._call(workers, members, deliver, fail))
+            self._calls.add(task)
+            task.add_done_callback(self._calls.discard)
+
+    async def _call(
+        self, workers: Sequence[tuple[str, Any]], members: Sequence[ChainAsk], deliver: Deliver, fail: Fail
+    ) -> None:
+        refs: list[Any] = []
+        for stage, worker in workers:
+            asks: list[DraftAsk] = [chain.asks[stage] for chain in members]
+            # The upstream's ref is an argument: its trees go from worker to worker and are never fetched here.
+            refs.append(worker.draft.remote(self._verifier, asks, *refs[-1:]))
+        try:
+            deliver(await refs[-1])
+        except RayError as error:
+            stage = await self._failed_stage(workers, refs)
+            log.debug("a draft call to stage %s failed: %s", stage, error)
+            fail(stage, [chain.session_id for chain in members])
+
+    async def _failed_stage(self, workers: Sequence[tuple[str, Any]], refs: Sequence[Any]) -> str:
+        """Which stage broke the chain: the first whose own result is an error."""
+        for (stage, _), ref in zip(workers, refs):
+            try:
+                await ref
+            except RayError:
+                return stage
+        return workers[-1][0]

@@ -1,0 +1,137 @@
+"""Host of any drafter: follows the target's commits, answers asks, forgets sessions nobody asks about.
+
+A plain class, called from one thread; the Ray actor around it is in ``cluster.launch``. Whatever arrives here may be
+late, doubled, out of order or for a session this worker never saw: it answers with what it holds, never with an error
+that would cost other sessions their trees.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cluster.core.errors import Overloaded, PacelineError
+from cluster.core.token_tree import TokenTree
+from cluster.core.types import TreeKey
+from cluster.rounds.messages import DraftAsk, DraftReply, StageReport
+from drafters.base import Ask, Drafter
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Held:
+    key: TreeKey
+    last_used: float
+
+
+class DraftWorker:
+    """One stage's drafter and the sessions it holds, each named by its verifier and session id."""
+
+    def __init__(self, stage: str, drafter: Drafter, clock: Callable[[], float] = time.monotonic) -> None:
+        self.stage = stage
+        self._drafter = drafter
+        self._clock = clock
+        self._held: dict[str, _Held] = {}
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._held)
+
+    def draft(self, verifier: str, asks: Sequence[DraftAsk], upstream: DraftReply | None = None) -> DraftReply:
+        """Apply every ask's commit, then propose trees for those that want one and could be followed."""
+        start = self._clock()
+        resync: list[str] = []
+        wanted: dict[str, Ask] = {}
+        keys: dict[str, TreeKey] = {}
+        for ask in asks:
+            name = _name(verifier, ask.commit.key.session_id)
+            if not self._follow(name, ask):
+                resync.append(ask.commit.key.session_id)
+            elif self._held[name].key == ask.commit.key and ask.max_nodes > 0 and ask.max_depth > 0:
+                wanted[name] = Ask(name, ask.max_nodes, ask.max_depth)
+                keys[name] = ask.commit.key
+        hints = self._hints(verifier, upstream, keys)
+        trees = self._drafter.propose(list(wanted.values()), hints) if wanted else {}
+        report = StageReport(
+            self.stage,
+            os.getpid(),
+            {
+                ask.commit.key.session_id: self._held[name].key.base
+                for ask in asks
+                if (name := _name(verifier, ask.commit.key.session_id)) in self._held
+            },
+            tuple(resync),
+            self._clock() - start,
+        )
+        return DraftReply(
+            {keys[name].session_id: tree.with_key(keys[name]) for name, tree in trees.items()},
+            (*(upstream.reports if upstream else ()), report),
+        )
+
+    def end(self, verifier: str, session_id: str) -> None:
+        """Free a session. Unknown ones are none of our business any more."""
+        name = _name(verifier, session_id)
+        if self._held.pop(name, None):
+            self._drafter.end(name)
+
+    def idle_seconds(self, verifier: str, session_id: str) -> float | None:
+        """Seconds since the session was last asked about; None where it is not held."""
+        held = self._held.get(_name(verifier, session_id))
+        return self._clock() - held.last_used if held else None
+
+    def _follow(self, name: str, ask: DraftAsk) -> bool:
+        """Bring the session to ``ask.commit``'s state. False where that takes a resync."""
+        target, held = ask.commit.key, self._held.get(name)
+        try:
+            if ask.start is not None and (held is None or _newer(target, held.key)):
+                self._drafter.begin(name, ask.start.token_ids, ask.start.params, ask.start.prompt_len)
+                self._held[name] = _Held(target, self._clock())
+                return True
+            if held is None or held.key.epoch < target.epoch:
+                return False
+            held.last_used = self._clock()
+            if held.key.epoch > target.epoch or target.base <= held.key.base:
+                # An old message: what is held is newer, or it is what was asked for. A digest that differs at the
+                # same length means this worker followed another outcome.
+                return held.key.base != target.base or held.key.epoch != target.epoch or held.key == target
+            if ask.commit.base > held.key.base:
+                return False
+            self._drafter.commit(name, ask.commit.token_ids[held.key.base - ask.commit.base :])
+            held.key = target
+        except Overloaded:
+            return False
+        except PacelineError as error:
+            log.warning("session %s is dropped by the drafter: %s", name, error)
+            self._held.pop(name, None)
+            self._drafter.end(name)
+            return False
+        return True
+
+    def _hints(self, verifier: str, upstream: DraftReply | None, keys: dict[str, TreeKey]) -> dict[str, TokenTree]:
+        """The upstream stage's trees that hang on exactly the state asked about; rubbish is left out."""
+        hints: dict[str, TokenTree] = {}
+        for session_id, tree in (upstream.trees if upstream else {}).items():
+            name = _name(verifier, session_id)
+            if name in keys and tree.key == keys[name]:
+                try:
+                    tree.check(self._drafter.vocab_size or 2**31 - 1)
+                except PacelineError as error:
+                    log.warning("upstream tree of %s is refused: %s", name, error)
+                else:
+                    hints[name] = tree
+        return hints
+
+
+def _name(verifier: str, session_id: str) -> str:
+    """Sessions of different targets never meet, whatever ids their clients chose."""
+    return f"{verifier}/{session_id}"
+
+
+def _newer(key: TreeKey, held: TreeKey) -> bool:
+    return (key.epoch, key.base) > (held.epoch, held.base) or (
+        (key.epoch, key.base) == (held.epoch, held.base) and key.digest != held.digest
+    )

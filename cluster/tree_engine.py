@@ -1,0 +1,203 @@
+"""``TreeEngine``: the engine thread that drives the rounds, and the queues where it meets the doors' event loop.
+
+Only the engine thread touches the scheduler and torch. Requests reach it through an inbox; items leave through one
+asyncio queue per request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from functools import partial
+
+from cluster.core.errors import Aborted, EngineFailed, EngineUnavailable, InvalidArgument, Overloaded, PacelineError
+from cluster.core.types import GenerateRequest, Health, Load, ModelInfo, StreamItem
+from cluster.engine.kv_cache import KVCache
+from cluster.rounds.detokenize import TextStream
+from cluster.rounds.pipeline import Pipeline
+from cluster.rounds.scheduler import Outcome, Scheduler
+from cluster.rounds.session import Limits, Session
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_LIMIT_S = 60.0  # a step that takes longer than this is stuck
+
+
+@dataclass(slots=True)
+class _Call:
+    """One request in flight: where its items go. ``session`` exists once the engine thread has seen the request."""
+
+    request: GenerateRequest
+    loop: asyncio.AbstractEventLoop
+    items: asyncio.Queue[StreamItem | PacelineError]
+    session: Session | None = None
+
+    def send(self, message: StreamItem | PacelineError) -> None:
+        try:
+            self.loop.call_soon_threadsafe(self.items.put_nowait, message)
+        except RuntimeError:  # the door's loop is gone, and with it whoever waited
+            log.debug("request %s: nobody listens any more", self.request.request_id)
+
+
+class TreeEngine:
+    """Implements ``cluster.core.types.Engine`` over a scheduler. Close it to stop its thread."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        kv: KVCache,
+        info: ModelInfo,
+        limits: Limits,
+        text_of: Callable[[GenerateRequest], TextStream],
+        pipeline: Pipeline | None = None,
+        on_close: Callable[[], None] | None = None,
+    ) -> None:
+        self._scheduler = scheduler
+        self._kv = kv
+        self._info = info
+        self._limits = limits
+        self._text_of = text_of
+        self._pipeline = pipeline
+        self._on_close = on_close
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._calls: dict[str, _Call] = {}
+        self._failure = ""
+        self._stopped = False
+        self._heartbeat = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # --- the doors' side: any event loop
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[StreamItem]:
+        """See ``Engine.generate``. Leaving the iterator early aborts the session."""
+        if self._stopped or self._failure:
+            raise EngineUnavailable(self._failure or "the engine is stopped")
+        call = _Call(request, asyncio.get_running_loop(), asyncio.Queue())
+        self._inbox.put(partial(self._submit, call))
+        ended = False
+        try:
+            while not ended:
+                message = await call.items.get()
+                if isinstance(message, PacelineError):
+                    ended = True
+                    raise message
+                ended = message.finish_reason is not None
+                yield message
+        finally:
+            if not ended:
+                self._inbox.put(partial(self._drop, call))
+
+    def abort(self, request_id: str) -> bool:
+        call = self._calls.get(request_id)
+        if call is None:
+            return False
+        self._inbox.put(partial(self._drop, call, Aborted(f"request {request_id} was aborted")))
+        return True
+
+    def info(self) -> ModelInfo:
+        return self._info
+
+    def load(self) -> Load:
+        pipeline = self._pipeline
+        return Load(
+            running=self._scheduler.num_running,
+            waiting=self._scheduler.num_waiting,
+            kv_slots_used=self._kv.num_slots - self._kv.num_free,
+            kv_slots_total=self._kv.num_slots,
+            drafter_sessions=pipeline.leases() if pipeline else {},
+            worker_pids={"target": os.getpid()} | (pipeline.worker_pids if pipeline else {}),
+            deadline_misses=dict(pipeline.misses) if pipeline else {},
+            last_choice=self._scheduler.last_choice,
+        )
+
+    def health(self) -> Health:
+        if self._stopped:
+            return Health("stopped", False)
+        if self._failure or not self._thread.is_alive():
+            return Health("failed", False, self._failure or "the engine thread died")
+        stuck = time.monotonic() - self._heartbeat
+        if stuck > HEARTBEAT_LIMIT_S:
+            return Health("failed", False, f"no step finished for {stuck:.0f} s")
+        return Health("serving", True)
+
+    def close(self) -> None:
+        """Stop the thread; requests in flight end with ``EngineUnavailable``."""
+        if not self._stopped:
+            self._stopped = True
+            self._inbox.put(None)
+            self._thread.join(timeout=30.0)
+            if self._on_close is not None:
+                self._on_close()
+
+    # --- the engine thread
+
+    def _run(self) -> None:
+        try:
+            while self._handle_inbox():
+                self._heartbeat = time.monotonic()
+                for outcome in self._scheduler.step():
+                    self._publish(outcome)
+            reason: PacelineError = EngineUnavailable("the engine is stopping")
+        except Exception as error:
+            log.exception("a step failed; the engine stops")
+            self._failure = f"a step failed: {type(error).__name__}: {error}"
+            reason = EngineFailed(self._failure)
+        for call in list(self._calls.values()):
+            call.send(reason)
+        self._calls.clear()
+
+    def _handle_inbox(self) -> bool:
+        """Run what the doors asked for; sleep while there is nothing to do. False: stop."""
+        while True:
+            try:
+                work = self._inbox.get(timeout=1.0) if self._scheduler.idle else self._inbox.get_nowait()
+            except queue.Empty:
+                if not self._scheduler.idle:
+                    return True
+                self._heartbeat = time.monotonic()
+                self._kv.check()
+                continue
+            if work is None:
+                return False
+            work()
+
+    def _submit(self, call: _Call) -> None:
+        request_id = call.request.request_id
+        if request_id in self._calls:
+            call.send(InvalidArgument("request_id", f"{request_id!r} is running already"))
+            return
+        call.session = Session(call.request, self._limits, self._text_of(call.request))
+        self._calls[request_id] = call
+        try:
+            outcome = self._scheduler.submit(call.session)
+        except Overloaded as error:
+            del self._calls[request_id]
+            call.send(error)
+            return
+        if outcome is not None:
+            self._publish(outcome)
+
+    def _drop(self, call: _Call, reason: PacelineError | None = None) -> None:
+        if self._calls.get(call.request.request_id) is not call or call.session is None:
+            return
+        del self._calls[call.request.request_id]
+        self._scheduler.abort(call.session)
+        if reason is not None:
+            call.send(reason)
+
+    def _publish(self, outcome: Outcome) -> None:
+        call = self._calls.get(outcome.session.id)
+        if call is None:
+            return
+        if outcome.error is not None or outcome.session.finish_reason is not None:
+            del self._calls[outcome.session.id]
+        message = outcome.error or outcome.item
+        if message is not None:
+            call.send(message)

@@ -1,0 +1,66 @@
+"""Serve deployment of one draft stage: a replica owns one draft worker and leases it to sessions."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ray.exceptions import RayActorError
+
+from cluster.core.config import DraftersConfig, StageConfig
+from cluster.launch import start_draft_worker
+from cluster.rounds.messages import Lease
+
+log = logging.getLogger(__name__)
+
+HEALTH_TIMEOUT_S = 20.0
+WORKER_RESTART_POLL_S = 0.5
+
+
+class Draft:
+    """Leases. The number of open leases is the number of sessions, which is what Serve balances and scales by."""
+
+    def __init__(self, stage: StageConfig, config: DraftersConfig) -> None:
+        self._stage = stage
+        self._worker = start_draft_worker(stage, config)
+
+    async def open(self, verifier: str, session_id: str) -> AsyncIterator[Lease]:
+        """Lease the worker to a session: one item, then silence until the session is idle for ``lease_ttl_s``.
+
+        The verifier ends a lease by closing the stream. A worker whose process died is restarted by Ray under the same
+        handle, so the lease outlives it.
+        """
+        yield Lease(self._worker, await self._worker.facts.remote())
+        try:
+            while True:
+                try:
+                    await self._worker.hold.remote(verifier, session_id, self._stage.lease_ttl_s)
+                    return
+                except RayActorError:
+                    await asyncio.sleep(WORKER_RESTART_POLL_S)
+        finally:
+            self._worker.release.remote(verifier, session_id)
+
+    async def num_sessions(self) -> int:
+        """Sessions the worker holds now; for tests and status."""
+        return int(await self._worker.num_sessions.remote())
+
+    async def check_health(self) -> None:
+        """Unhealthy where the worker neither answers nor is being restarted."""
+        try:
+            await asyncio.wait_for(self._worker.facts.remote(), HEALTH_TIMEOUT_S)
+        except RayActorError:
+            log.warning("the draft worker of stage %s is being restarted", self._stage.name)
+
+
+class Drafters:
+    """Root of the drafters' application: Serve wants one; it only ties the stages together."""
+
+    def __init__(self, stages: dict[str, Any]) -> None:
+        self._stages = stages
+
+    async def sessions(self) -> dict[str, int]:
+        """Sessions held by each stage's worker (of one replica, where a stage has several)."""
+        return {name: await handle.num_sessions.remote() for name, handle in self._stages.items()}

@@ -1,0 +1,26 @@
+"""The Ingress deployment: both doors on one class. Stateless but for the calls in flight."""
+
+from __future__ import annotations
+
+from cluster.engine.weights import load_tokenizer, resolve_model
+from fastapi import FastAPI
+from ray.serve.handle import DeploymentHandle
+
+from cluster.core.config import ServiceConfig
+from deployments.codec import Codec
+from deployments.ingress_grpc import GrpcDoor
+from deployments.ingress_http import build_app
+from deployments.service import Service
+from deployments.targets import Targets
+
+
+class Ingress(GrpcDoor):
+    """Serve finds the gRPC methods on the class, and asks it for the HTTP application."""
+
+    def __init__(self, config: ServiceConfig, target: DeploymentHandle) -> None:
+        tokenizer = load_tokenizer(resolve_model(config.model.source))
+        self.service = Service(config, Codec(tokenizer, config.request_timeout_s), Targets(target))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve after the constructor (late-bound ``serve.ingress()``)."""
+        return build_app(self.service)

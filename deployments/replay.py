@@ -1,0 +1,134 @@
+"""Replay: a stream that outlives its target.
+
+The ingress owns the truth of a call in flight: prompt ids, parameters with the seed resolved, and the ids delivered so
+far. Output is a function of these (``docs/exactness.md``), so when a target dies, another one goes on after the last
+delivered token and the client sees a pause, nothing else. Knows nothing of Ray: ``Backend`` is the ingress' view of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from cluster.core.errors import DeadlineExceeded, EngineFailed, EngineUnavailable, PacelineError
+from cluster.core.types import GenerateRequest, SpeculationStats, StreamItem
+
+MAX_CRASHES = 2
+"""A request whose own step crashed this many engines is failed: it would crash the next one too."""
+PROBE_PAUSE_S = 0.2
+
+
+class Backend(Protocol):
+    """Targets, as replay sees them. Both methods raise errors of ``cluster.core.errors`` only."""
+
+    def open(self, request: GenerateRequest) -> AsyncGenerator[StreamItem, None]:
+        """One attempt on one target. Closing the generator aborts the session there."""
+        ...
+
+    async def probe(self, timeout_s: float) -> None:
+        """Return once a target answered. Raises ``EngineUnavailable`` where none did within ``timeout_s``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayLimits:
+    """How often, and for how long after a target's death, another is tried."""
+
+    max_replays: int
+    timeout_s: float
+
+
+class _Progress:
+    """What was delivered, over all attempts."""
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self._request = request
+        self._delivered: list[int] = []
+        self._before = self._stats = SpeculationStats()
+        self._first = True
+
+    def attempt(self, number: int, timeout_s: float | None) -> GenerateRequest:
+        """The request for attempt ``number``: the original, continued after what was delivered."""
+        self._before = self._stats
+        return replace(
+            self._request,
+            epoch=self._request.epoch + number,
+            resume_token_ids=self._request.resume_token_ids + tuple(self._delivered),
+            timeout_s=timeout_s,
+        )
+
+    def deliver(self, item: StreamItem) -> StreamItem:
+        """The item as the client shall see it: totals over all attempts, the seed once."""
+        self._delivered.extend(item.token_ids)
+        self._stats = _add(self._before, item.stats)
+        seed = self._request.params.seed if self._first else None
+        self._first = False
+        return replace(item, stats=self._stats, seed=seed)
+
+
+def _add(a: SpeculationStats, b: SpeculationStats) -> SpeculationStats:
+    target, small, medium = (x + y for x, y in zip(a.tokens_by_origin, b.tokens_by_origin, strict=True))
+    return SpeculationStats(
+        a.rounds + b.rounds, a.drafted + b.drafted, a.accepted + b.accepted, (target, small, medium)
+    )
+
+
+async def generate(
+    backend: Backend, request: GenerateRequest, limits: ReplayLimits
+) -> AsyncGenerator[StreamItem, None]:
+    """Items of one request until its finish, over as many targets as that takes.
+
+    Raises ``DeadlineExceeded`` after ``request.timeout_s``, ``EngineUnavailable`` where targets died more than
+    ``max_replays`` times or none answered in time, ``EngineFailed`` where the request itself crashes engines.
+    """
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + request.timeout_s if request.timeout_s is not None else None
+    progress = _Progress(request)
+    attempt = crashes = 0
+    while True:
+        remaining = request.timeout_s if deadline is None else max(deadline - clock(), 0.001)
+        try:
+            async with aclosing(backend.open(progress.attempt(attempt, remaining))) as items:
+                while (item := await _next(items, deadline, request)) is not None:
+                    yield progress.deliver(item)
+            return
+        except (EngineUnavailable, EngineFailed) as error:
+            crashes += isinstance(error, EngineFailed)
+            if attempt == limits.max_replays or crashes == MAX_CRASHES:
+                raise
+        attempt += 1
+        await _await_target(backend, limits.timeout_s, deadline, request)
+
+
+async def _next(
+    items: AsyncGenerator[StreamItem, None], deadline: float | None, request: GenerateRequest
+) -> StreamItem | None:
+    """The next item, None after the last."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await anext(items)
+    except StopAsyncIteration:
+        return None
+    except TimeoutError:
+        raise DeadlineExceeded(f"request {request.request_id!r} took longer than {request.timeout_s:g} s") from None
+
+
+async def _await_target(backend: Backend, timeout_s: float, deadline: float | None, request: GenerateRequest) -> None:
+    """Wait until some target answers; the router may go on offering the dead one for a moment."""
+    clock = asyncio.get_running_loop().time
+    give_up = clock() + timeout_s
+    while True:
+        if deadline is not None and clock() >= deadline:
+            raise DeadlineExceeded(f"request {request.request_id!r} took longer than {request.timeout_s:g} s")
+        patience = give_up - clock()
+        if patience <= 0:
+            raise EngineUnavailable(f"no target answered within {timeout_s:g} s of the last one's death")
+        await asyncio.sleep(min(PROBE_PAUSE_S, patience))
+        try:
+            await backend.probe(min(1.0, max(patience, 0.01)))
+        except PacelineError:
+            continue
+        return

@@ -1,0 +1,76 @@
+"""The Target deployment: one replica is one engine. A thin shell; everything of interest is behind ``Engine``."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Protocol, cast
+
+from ray import serve
+
+from cluster.core.config import ServiceConfig
+from cluster.core.errors import ConfigError, EngineUnavailable
+from cluster.core.types import Engine, GenerateRequest, Load, ModelInfo, StreamItem
+
+
+class ClosableEngine(Engine, Protocol):
+    """An engine with threads or processes to take down."""
+
+    def close(self) -> None: ...
+
+
+EngineFactory = Callable[[ServiceConfig], ClosableEngine]
+
+
+class Target:
+    """Exposes an engine to the ingress. ``engine_factory`` is an import path, ``module:function``.
+
+    A path, not a function: only this replica imports the engine and what it needs.
+    """
+
+    def __init__(self, config: ServiceConfig, engine_factory: str) -> None:
+        self._engine = import_factory(engine_factory)(config)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[StreamItem, None]:
+        """The engine's items. Cancelling the call closes the engine's iterator, which frees the KV slot."""
+        items = cast(AsyncGenerator[StreamItem, None], self._engine.generate(request))
+        async with aclosing(items):
+            async for item in items:
+                yield item
+
+    async def abort(self, request_id: str) -> bool:
+        return self._engine.abort(request_id)
+
+    async def info(self) -> ModelInfo:
+        """Raises ``EngineUnavailable`` where the engine cannot serve: an answer means "send me work"."""
+        self._check()
+        return self._engine.info()
+
+    async def load(self) -> tuple[str, Load]:
+        """The replica's name and its load."""
+        return serve.get_replica_context().replica_id.unique_id, self._engine.load()
+
+    async def check_health(self) -> None:
+        """Called by Serve, which replaces the replica when this raises."""
+        self._check()
+
+    def __del__(self) -> None:
+        # Serve calls this on shutdown, and Python once more.
+        engine: ClosableEngine | None = self.__dict__.pop("_engine", None)
+        if engine is not None:
+            engine.close()
+
+    def _check(self) -> None:
+        health = self._engine.health()
+        if not health.ok:
+            raise EngineUnavailable(f"the engine is {health.phase}: {health.detail}")
+
+
+def import_factory(path: str) -> EngineFactory:
+    """Raises ``ConfigError`` naming the path where nothing can be imported from it."""
+    module, _, name = path.partition(":")
+    try:
+        return cast(EngineFactory, getattr(importlib.import_module(module), name))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"engine factory {path!r} cannot be imported: {error}") from error

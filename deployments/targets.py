@@ -1,0 +1,167 @@
+"""The ingress' view of the Target deployment: calls through Serve's handle, typed errors out, health from a cache.
+
+The only door module that knows Ray's and Serve's errors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from typing import Any
+
+from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from cluster.core.errors import Aborted, EngineFailed, EngineUnavailable, Overloaded, PacelineError
+from cluster.core.types import GenerateRequest, Load, ModelInfo, StreamItem
+
+logger = logging.getLogger("ray.serve")
+
+REFRESH_S = 1.0
+PROBE_TIMEOUT_S = 2.0
+BROADCAST_TIMEOUT_S = 5.0
+
+
+def typed_error(error: BaseException) -> PacelineError:
+    """What a failed call to a target means. Errors of ours come back as they were raised there.
+
+    A dead process, whether the target's own or one of its ranks', is ``EngineUnavailable``: another target can go on.
+    """
+    while isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
+        error = error.cause
+    if isinstance(error, PacelineError):
+        return error
+    if isinstance(error, BackPressureError):
+        return Overloaded("the service's queue is full", error.retry_after_s or 1.0)
+    if isinstance(error, TaskCancelledError):
+        return Aborted("the request was cancelled")
+    if isinstance(error, RayActorError | RayServeException):
+        return EngineUnavailable("the target serving this request died")
+    logger.error("unexpected error from a target", exc_info=error)
+    if isinstance(error, RayError):
+        return EngineUnavailable("the target serving this request is out of reach")
+    return EngineFailed(f"{type(error).__name__} in the target")
+
+
+class Targets:
+    """All target replicas behind one handle. ``start`` keeps ``info`` and ``serving`` fresh until ``stop``."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+        self._streaming = handle.options(method_name="generate", stream=True, _by_reference=False)
+        self._info: ModelInfo | None = None
+        self._serving = False
+        self._changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def serving(self) -> bool:
+        """Whether a target answered at the last refresh."""
+        return self._serving
+
+    @property
+    def info(self) -> ModelInfo:
+        """What targets serve. Raises ``EngineUnavailable`` while none serves."""
+        if self._info is None or not self._serving:
+            raise EngineUnavailable("no target is serving: loading or restarting")
+        return self._info
+
+    @property
+    def last_info(self) -> ModelInfo | None:
+        """What targets served when one last answered; None before that."""
+        return self._info
+
+    def start(self) -> None:
+        """Begin to refresh, on the running event loop."""
+        self._spawn(self._refresh_forever())
+
+    async def stop(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def watch(self) -> AsyncIterator[bool]:
+        """``serving`` now, then at every change."""
+        while True:
+            changed = self._changed
+            yield self._serving
+            await changed.wait()
+
+    async def open(self, request: GenerateRequest) -> AsyncGenerator[StreamItem, None]:
+        """One attempt on one target. Raises errors of ``cluster.core.errors`` only."""
+        response = self._streaming.remote(request)
+        ended = False
+        try:
+            async for item in response:
+                ended = item.finish_reason is not None
+                yield item
+            if not ended:
+                ended = True
+                raise EngineFailed("the target's stream ended without a finish reason")
+        except Exception as error:
+            ended = True
+            raise typed_error(error) from None
+        finally:
+            if not ended:
+                # Cancelled, closed or too late. The abort covers a cancellation that Serve delivers late or never.
+                response.cancel()
+                self._spawn(self.abort(request.request_id))
+
+    async def probe(self, timeout_s: float) -> None:
+        """Return once a target answered. Raises ``EngineUnavailable`` where none did within ``timeout_s``."""
+        response = self._handle.info.remote()
+        try:
+            async with asyncio.timeout(timeout_s):
+                self._info = await response
+        except TimeoutError:
+            response.cancel()
+            raise EngineUnavailable(f"no target answered within {timeout_s:g} s") from None
+        except Exception as error:
+            raise typed_error(error) from None
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request wherever it runs. False where no target knew it."""
+        return any(await self._broadcast("abort", request_id))
+
+    async def loads(self) -> list[tuple[str, Load]]:
+        """(replica name, load) of every target that answered."""
+        return sorted(await self._broadcast("load"), key=lambda named: named[0])
+
+    async def _broadcast(self, method: str, *args: Any) -> list[Any]:
+        """Results of those targets that answered."""
+        response = self._handle.broadcast(method, *args)
+        try:
+            results = await response.results_async(timeout_s=BROADCAST_TIMEOUT_S, return_exceptions=True)
+        except TimeoutError:
+            logger.warning("no answer to %s from the targets within %g s", method, BROADCAST_TIMEOUT_S)
+            return []
+        return [result for result in results if not isinstance(result, BaseException)]
+
+    async def _refresh_forever(self) -> None:
+        while True:
+            try:
+                await self.probe(PROBE_TIMEOUT_S)
+                self._set_serving(True)
+            except PacelineError:
+                self._set_serving(False)
+            await asyncio.sleep(REFRESH_S)
+
+    def _set_serving(self, serving: bool) -> None:
+        if serving == self._serving:
+            return
+        self._serving = serving
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Run in the background; the set keeps the task from being collected.
+
+        In an empty context: Serve would cancel it together with the request it was spawned from.
+        """
+        task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,208 @@
+"""`make run` and `make stop`: a Ray cluster of our own on this machine, the service on it, and one real request.
+
+    python -m deployments.up [--config deployments/configs/cpu.yaml] [--prompt TEXT]
+    python -m deployments.up --stop
+
+Stops only what it started: the head's process id is kept in `.run/`, and other Ray clusters are left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.core.errors import PacelineError
+# demo
+
+STATE = Path(".run/state.json")
+LOG = Path(".run/ray.log")
+START_TIMEOUT_S = 120.0
+DEPLOY_TIMEOUT_S = 600.0
+RAY_ENV = {
+    # Ray's own ports listen on every interface: nobody without this user's token (~/.ray/auth_token) may use them.
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Replace a dead proxy or replica in seconds rather than tens of seconds.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    # Let the autoscaler see load changes quickly.
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("deployments/configs/cpu.yaml"))
+    parser.add_argument("--prompt", default="", help="what the demonstration asks")
+    parser.add_argument("--stop", action="store_true", help="take down what this command started")
+    args = parser.parse_args()
+    os.environ.update(RAY_ENV)
+    try:
+        if args.stop:
+            return stop()
+        config = yaml.safe_load(args.config.read_text())
+        prepare(config)
+        dashboard = start_ray()
+        deploy(args.config, dashboard)
+        demo.run(f"127.0.0.1:{config['grpc_options']['port']}", args.prompt)
+        http = config["http_options"]
+        print(f"\nThe service is up: http://{http['host']}:{http['port']}/v1 (OpenAI-style) and", end=" ")
+        print(
+            f"127.0.0.1:{config['grpc_options']['port']} (gRPC). `make stop` takes it down; logs are in {LOG.parent}/."
+        )
+    except (PacelineError, SetupError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class SetupError(Exception):
+    """The cluster or the service did not come up; the message says what was seen and where to look."""
+
+
+def prepare(config: dict[str, Any]) -> None:
+    """Fetch weights and build kernels before any replica needs them, where their progress can be seen."""
+    from cluster.engine.weights import resolve_model
+
+    from cluster.engine.kernels import choose_kernels
+    from cluster.engine.weights import resolve_model
+
+    sources = {
+        part["source"]: part.get("dtype", "bfloat16")
+        for application in config["applications"]
+        for part in (application.get("args") or {}).values()
+        if isinstance(part, dict) and "source" in part
+    }
+    for source, dtype in sources.items():
+        print(f"preparing {source}", flush=True)
+        resolve_model(source, lambda line: print(f"  {line}", flush=True))
+        print("preparing the CPU kernels (compiled once)", flush=True)
+        print(f"  {choose_kernels('auto', dtype).name} kernels", flush=True)
+
+
+def start_ray() -> str:
+    """Start a head node, or find the one that an earlier call started. Returns the dashboard's address."""
+    if STATE.exists():
+        state = json.loads(STATE.read_text())
+        if _alive(state["pid"]):
+            print(f"Ray is up already (process {state['pid']})")
+            return str(state["dashboard"])
+    STATE.parent.mkdir(exist_ok=True)
+    _tool("ray", "get-auth-token", "--generate")
+    port, dashboard_port = _free_port(6379), _free_port(8265)
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}", "--disable-usage-stats"]
+    print(f"starting Ray on port {port} (log: {LOG})", flush=True)
+    with open(LOG, "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    dashboard = f"http://127.0.0.1:{dashboard_port}"
+    STATE.write_text(json.dumps({"pid": process.pid, "port": port, "dashboard": dashboard}))
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            STATE.unlink()
+            raise SetupError(f"`ray start` ended with {process.returncode}; see {LOG}")
+        if _applications(dashboard) is not None:
+            return dashboard
+        time.sleep(0.5)
+    raise SetupError(f"Ray did not answer on {dashboard} within {START_TIMEOUT_S:.0f} s; see {LOG}")
+
+
+def deploy(config: Path, dashboard: str) -> None:
+    """`serve deploy`, then wait until every application runs, showing where it stands."""
+    _tool("serve", "deploy", str(config), "-a", dashboard)
+    start, shown = time.monotonic(), ""
+    while time.monotonic() - start < DEPLOY_TIMEOUT_S:
+        applications = _applications(dashboard) or {}
+        line = ", ".join(_describe(name, state) for name, state in applications.items())
+        if line != shown:
+            print(f"  {time.monotonic() - start:5.1f} s  {line}", flush=True)
+            shown = line
+        states = {state["status"] for state in applications.values()}
+        if states == {"RUNNING"}:
+            return
+        if "DEPLOY_FAILED" in states:
+            messages = [state["message"] for state in applications.values() if state["status"] == "DEPLOY_FAILED"]
+            raise SetupError("deploying failed: " + "\n".join(messages))
+        time.sleep(0.5)
+    raise SetupError(f"not running after {DEPLOY_TIMEOUT_S:.0f} s: {shown}")
+
+
+def stop() -> int:
+    """End the head node that ``start_ray`` started; Ray ends its own children with it."""
+    if not STATE.exists():
+        print("nothing to stop: no service was started from this folder")
+        return 0
+    pid = json.loads(STATE.read_text())["pid"]
+    if _alive(pid):
+        print(f"stopping Ray (process {pid})", flush=True)
+        os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + 30.0
+        while _alive(pid) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        if _alive(pid):
+            os.killpg(pid, signal.SIGKILL)
+    STATE.unlink()
+    print("stopped")
+    return 0
+
+
+def _describe(name: str, state: dict[str, Any]) -> str:
+    parts = []
+    for deployment, info in state.get("deployments", {}).items():
+        running = sum(replica["state"] == "RUNNING" for replica in info.get("replicas", []))
+        wanted = info.get("target_num_replicas") or len(info.get("replicas", []))
+        parts.append(f"{deployment} {running}/{wanted}")
+    return f"{name} {state['status']} ({', '.join(parts)})" if parts else f"{name} {state['status']}"
+
+
+def _tool(name: str, *arguments: str) -> None:
+    """Run a command-line tool of this environment. Raises ``SetupError`` with its output where it fails."""
+    command = [str(Path(sys.executable).with_name(name)), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SetupError(f"`{name} {arguments[0]}` failed:\n{done.stdout}{done.stderr}")
+
+
+def _applications(dashboard: str) -> dict[str, Any] | None:
+    """State of every Serve application by name; None while the dashboard does not answer."""
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient  # reads RAY_AUTH_MODE once, when it is imported
+
+    try:
+        # Ray's own client, since it brings the cluster's authentication token where one is required.
+        details = ServeSubmissionClient(dashboard).get_serve_details()
+    except (ConnectionError, RuntimeError, OSError):
+        return None
+    applications: dict[str, Any] = details.get("applications", {})
+    return applications
+
+
+def _alive(pid: int) -> bool:
+    """Whether the process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _free_port(preferred: int) -> int:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", preferred))
+        except OSError:
+            probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,140 @@
+"""Every way of guessing, by name. Adding one: ``docs/add_a_drafter.md``.
+
+Heavy imports stand inside the factories, so that a worker that runs SSSD alone never loads torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.core.config import Dtype, ModelConfig, StageConfig, parse_config
+from cluster.core.errors import ConfigError
+from cluster.core.types import Origin
+from drafters.base import Ask, Drafter
+from drafters.options import GrowthOptions, SssdOptions, StagedOptions, SwiftOptions
+
+if TYPE_CHECKING:
+    from cluster.engine.rank import Rank
+
+__all__ = ["Ask", "Drafter", "TargetFacts", "create"]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFacts:
+    """What a drafter must know of the target. ``folder`` and ``dtype`` are the weights of stages that name none."""
+
+    vocab_size: int
+    max_model_len: int
+    folder: Path
+    dtype: Dtype = "bfloat16"
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """Where a drafter is to run: for which target, and on the target's own rank where that is given."""
+
+    target: TargetFacts
+    rank: Rank | None
+    slot_of: Callable[[str], int] | None
+
+
+def create(
+    stage: StageConfig,
+    *,
+    target: TargetFacts,
+    rank: Rank | None = None,
+    slot_of: Callable[[str], int] | None = None,
+) -> Drafter:
+    """The drafter a stage's configuration names, its weights loaded.
+
+    ``rank`` and ``slot_of`` (session id -> the target's slot, KeyError where it has none) are given together, in the
+    target's process: a drafter that is the target in disguise then runs there, without weights of its own.
+    Raises ``ConfigError`` for an unknown option, a wrong value, or a vocabulary that is not the target's.
+    """
+    if (rank is None) != (slot_of is None):
+        raise ConfigError("rank and slot_of come together")
+    factory = _FACTORIES.get(stage.drafter)
+    if factory is None:
+        raise ConfigError(f"drafter {stage.drafter!r} is not one of {', '.join(_FACTORIES)}")
+    return factory(stage, _Site(target, rank, slot_of))
+
+
+def _sssd(stage: StageConfig, site: _Site) -> Drafter:
+    from drafters.sssd import SssdDrafter
+
+    options = parse_config(SssdOptions, stage.options)
+    return SssdDrafter(options, max_sessions=stage.max_sessions, stage=_origin(stage))
+
+
+def _draft_model(stage: StageConfig, site: _Site) -> Drafter:
+    from drafters.draft_model import ModelDrafter, OwnSlots
+
+    options = parse_config(GrowthOptions, stage.options)
+    rank, max_len = _own_rank(stage, site.target, options)
+    slots = OwnSlots(rank.kv, options.prefill_chunk)
+    return ModelDrafter(rank, slots, options, max_len=max_len, stage=_origin(stage))
+
+
+def _swift(stage: StageConfig, site: _Site) -> Drafter:
+    from drafters.swift import SwiftDrafter
+
+    options = parse_config(SwiftOptions, stage.options)
+    if site.rank is not None:
+        return SwiftDrafter(
+            site.rank, options, max_len=site.target.max_model_len, stage=_origin(stage), slot_of=site.slot_of
+        )
+    rank, max_len = _own_rank(stage, site.target, options)
+    return SwiftDrafter(rank, options, max_len=max_len, stage=_origin(stage))
+
+
+def _staged(stage: StageConfig, site: _Site) -> Drafter:
+    from drafters.staged import StagedDrafter
+
+    options = parse_config(StagedOptions, stage.options)
+    parts = []
+    for name, part in (("small", options.small), ("medium", options.medium)):
+        defaults = {"name": name, "max_sessions": stage.max_sessions}
+        config = parse_config(StageConfig, {**defaults, **part})
+        parts.append(create(config, target=site.target, rank=site.rank, slot_of=site.slot_of))
+    return StagedDrafter(*parts, small_nodes=options.small_nodes)
+
+
+_FACTORIES: dict[str, Callable[[StageConfig, _Site], Drafter]] = {
+    "sssd": _sssd,
+    "draft_model": _draft_model,
+    "swift": _swift,
+    "staged": _staged,
+}
+
+
+def _origin(stage: StageConfig) -> Origin:
+    return Origin[stage.name.upper()]
+
+
+def _own_rank(stage: StageConfig, target: TargetFacts, options: GrowthOptions) -> tuple[Rank, int]:
+    """Load a rank of the drafter's own; returns it with the positions it can take."""
+    from cluster.engine.rank import build_rank
+    from cluster.engine.weights import read_config, resolve_model
+
+    model = stage.model or ModelConfig(source=str(target.folder), dtype=target.dtype)
+    folder = resolve_model(model.source)
+    config = read_config(folder)
+    if config.vocab_size != target.vocab_size:
+        raise ConfigError(
+            f"model.source: {model.source} has a vocabulary of {config.vocab_size} tokens,"
+            f" the target in {target.folder} one of {target.vocab_size}"
+        )
+    max_len = min(target.max_model_len, config.max_positions, config.sliding_window or target.max_model_len)
+    rank = build_rank(
+        folder,
+        model.dtype,
+        num_slots=stage.max_sessions,
+        capacity=max_len,
+        scratch=options.prefill_chunk + options.guess_rows,
+        kernels=model.kernels,
+        threads=model.threads,
+    )
+    return rank, max_len

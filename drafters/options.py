@@ -1,0 +1,53 @@
+"""Options of each drafter: what may stand under ``options`` of a stage, with defaults and limits. No torch.
+
+A new drafter adds its class here; ``drafters.create`` refuses anything a class does not name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SssdOptions(_Options):
+    """``query``: the longest suffix of the text that is looked up; a match of m tokens guesses ``window - m`` ahead."""
+
+    window: int = Field(default=8, ge=2, le=32)
+    query: int = Field(default=4, ge=1, le=31)
+    max_tokens: int = Field(default=32_768, ge=64, description="newest tokens of a session that are indexed")
+
+
+class GrowthOptions(_Options):
+    """How a model drafter grows a tree. Rows of a session's passes: upstream nodes, then ``expand_per_pass`` each."""
+
+    passes: int = Field(default=4, ge=1, le=32, description="forward passes of one propose, at most")
+    expand_per_pass: int = Field(default=4, ge=1, le=64, description="nodes evaluated per pass after the first")
+    children: int = Field(default=4, ge=1, le=64, description="likeliest children kept per evaluated node")
+    min_score: float = Field(default=0.02, ge=0.0, lt=1.0, description="nodes below it are not evaluated")
+    max_upstream: int = Field(default=32, ge=0, le=256, description="nodes taken over from the stage before")
+    error_scale: float = Field(default=1.0, gt=0.0, description="see drafters/expand.py")
+    prefill_chunk: int = Field(default=256, ge=1, description="committed tokens of a session computed per propose")
+
+    @property
+    def guess_rows(self) -> int:
+        """Scratch rows a session's guesses can need in one propose."""
+        return self.max_upstream + self.passes * self.expand_per_pass
+
+
+class SwiftOptions(GrowthOptions):
+    """``skip``: sub-layers left out (2 * layer: attention, 2 * layer + 1: MLP), or ``uniform:COUNT``."""
+
+    skip: str | list[int] = "uniform:12"
+
+
+class StagedOptions(_Options):
+    """The two stages, in the form of stage configurations. ``small_nodes``: size of small's tree, whatever is asked."""
+
+    small: dict[str, Any]
+    medium: dict[str, Any]
+    small_nodes: int = Field(default=16, ge=1, le=256)

@@ -1,0 +1,71 @@
+"""From what a failed call to a target raises, to what a client reads. No cluster."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RequestCancelledError
+
+from cluster.core import errors
+from cluster.core.errors import (
+    Aborted,
+    DeadlineExceeded,
+    EngineFailed,
+    EngineUnavailable,
+    InvalidArgument,
+    Overloaded,
+    PacelineError,
+)
+from deployments.codec import INTERNAL, STATUSES, public_message, status_of
+from deployments.targets import typed_error
+
+
+def as_ray_raises_it(error: Exception) -> Exception:
+    """``error`` the way Ray hands it to a caller: of both classes, over a pickle."""
+    wrapped = RayTaskError("generate", "Traceback: secret", error).as_instanceof_cause()
+    assert isinstance(wrapped, Exception)
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    "error", [InvalidArgument("top_p", "bad"), Overloaded("full", 3.0), Aborted("x"), DeadlineExceeded("x")]
+)
+def test_our_own_errors_come_back_as_they_were_raised(error: PacelineError) -> None:
+    back = typed_error(as_ray_raises_it(pickle.loads(pickle.dumps(error))))
+    assert type(back) is type(error)
+    assert str(back) == str(error)
+    assert back.__dict__ == error.__dict__
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [
+        (ActorDiedError(), EngineUnavailable),
+        (as_ray_raises_it(ActorDiedError()), EngineUnavailable),
+        (BackPressureError(5, 5, 429, 2.0), Overloaded),
+        (RequestCancelledError("id"), Aborted),
+        (as_ray_raises_it(ValueError("secret")), EngineFailed),
+        (ValueError("secret"), EngineFailed),
+    ],
+    ids=["target died", "a rank died", "back-pressure", "cancelled", "a bug there", "a bug here"],
+)
+def test_rays_and_serves_errors_get_a_type_of_ours(raised: Exception, kind: type[PacelineError]) -> None:
+    error = typed_error(raised)
+    assert type(error) is kind
+    assert "secret" not in str(error)
+
+
+def test_every_error_that_a_client_can_cause_has_its_own_status() -> None:
+    internal = {errors.EngineFailed, errors.ConfigError, errors.InvalidTree, errors.UnknownSession}
+    kinds = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, PacelineError)}
+    assert kinds - internal - {PacelineError} == set(STATUSES)
+    assert len({status.http for status in STATUSES.values()}) == len(STATUSES)
+
+
+def test_an_unlisted_error_is_internal_and_says_only_the_request_id() -> None:
+    error = EngineFailed("secret")
+    assert status_of(error) is INTERNAL
+    assert "secret" not in public_message(error, "req-7")
+    assert "req-7" in public_message(error, "req-7")

@@ -1,0 +1,129 @@
+"""Drafters are made by name; whatever cannot work is refused at start, naming what is allowed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+from tiny_models import GREEDY, VOCAB, chain, continuation, random_tokens, tiny_config, tiny_rank, tiny_weights
+
+from cluster.core.config import ModelConfig, StageConfig
+from cluster.core.errors import ConfigError
+from cluster.core.types import Origin
+from drafters import Ask, TargetFacts, create
+from drafters.draft_model import ModelDrafter
+from drafters.sssd import SssdDrafter
+from drafters.staged import StagedDrafter
+from drafters.swift import SwiftDrafter
+
+
+def save_model(folder: Path, vocab_size: int = VOCAB, seed: int = 0) -> Path:
+    """A tiny model as transformers stores it, but for its rotary frequencies: those are the stock ones."""
+    config = tiny_config(vocab_size)
+    folder.mkdir()
+    save_file(tiny_weights(config, seed), folder / "model.safetensors")
+    settings = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture
+def facts(tmp_path: Path) -> TargetFacts:
+    return TargetFacts(VOCAB, 512, save_model(tmp_path / "target"), "float32")
+
+
+def stage(drafter: str, name: str = "medium", **fields: Any) -> StageConfig:
+    return StageConfig.model_validate({"name": name, "drafter": drafter, "max_sessions": 2, **fields})
+
+
+def test_sssd_is_made_in_the_stages_colour(facts: TargetFacts) -> None:
+    drafter = create(stage("sssd", "medium", options={"query": 2}), target=facts)
+    assert isinstance(drafter, SssdDrafter)
+    assert drafter.stage == Origin.MEDIUM
+
+
+@pytest.mark.parametrize("kind", ["draft_model", "swift"])
+def test_a_model_drafter_loads_the_targets_weights_where_it_names_none(facts: TargetFacts, kind: str) -> None:
+    options = {"passes": 5, "children": 1, "min_score": 0.0} | ({"skip": []} if kind == "swift" else {})
+    drafter = create(stage(kind, options=options), target=facts)
+    assert isinstance(drafter, SwiftDrafter if kind == "swift" else ModelDrafter)
+    assert drafter.vocab_size == VOCAB
+    text = random_tokens(0, 61)
+    drafter.begin("s", text, GREEDY, 61)
+    tree = drafter.propose([Ask("s", 9, 9)], {})["s"]
+    assert len(tree) == 64 - 61 + 1, "the draft model's own 64 positions bound the depth"
+
+
+def test_swift_on_the_targets_rank_loads_nothing() -> None:
+    rank, text = tiny_rank(), random_tokens(1, 12)
+    slot = rank.kv.allocate()
+    rank.forward([chain(slot, text[:-1], logits=False)])
+    rank.kv.commit(slot, range(11))
+    facts = TargetFacts(VOCAB, 100, Path("nowhere"))
+    config = stage("swift", options={"skip": [], "children": 1, "passes": 3, "min_score": 0.0})
+    drafter = create(config, target=facts, rank=rank, slot_of={"s": slot}.__getitem__)
+    drafter.begin("s", text, GREEDY, 12)
+    assert drafter.propose([Ask("s", 3, 3)], {})["s"].tokens.tolist() == continuation(tiny_rank(), text, GREEDY, 3)
+
+
+def test_staged_is_made_of_two_stage_configurations(facts: TargetFacts) -> None:
+    options = {"small": {"drafter": "sssd"}, "medium": {"drafter": "draft_model"}}
+    drafter = create(stage("staged", options=options), target=facts)
+    assert isinstance(drafter, StagedDrafter)
+    assert drafter.stage == Origin.MEDIUM
+    drafter.begin("s", [1, 2, 3, 1, 2], GREEDY, 5)
+    tree = drafter.propose([Ask("s", 12, 4)], {})["s"]
+    tree.check(VOCAB, 12, 4)
+    assert Origin.MEDIUM in tree.stages
+
+
+@pytest.mark.parametrize(
+    ("drafter", "options", "message"),
+    [
+        ("sssd", {"windov": 3}, "windov.*allowed: window, query, max_tokens"),
+        ("sssd", {"query": 0}, "query"),
+        ("draft_model", {"skip": [1]}, "skip.*allowed: passes, "),
+        ("swift", {"pases": 1}, "pases.*allowed: .*skip"),
+        ("swift", {"skip": "uniform:40"}, r"uniform:40.*\[0, 4\]"),
+        ("staged", {"small": {"drafter": "sssd"}}, "medium"),
+        ("staged", {"small": {"drafter": "sssd", "x": 1}, "medium": {"drafter": "sssd"}}, "x: "),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(
+    facts: TargetFacts, drafter: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        create(stage(drafter, options=options), target=facts)
+
+
+@pytest.mark.parametrize("drafter", ["draft_model", "swift", "staged"])
+def test_a_vocabulary_that_is_not_the_targets_is_refused_naming_both_sizes(
+    facts: TargetFacts, tmp_path: Path, drafter: str
+) -> None:
+    other = ModelConfig(source=str(save_model(tmp_path / "draft", vocab_size=90)), dtype="float32")
+    config = stage(drafter, model=other)
+    if drafter == "staged":
+        part = {"drafter": "draft_model", "model": other.model_dump()}
+        config = stage("staged", options={"small": {"drafter": "sssd"}, "medium": part})
+    with pytest.raises(ConfigError, match=f"90 tokens.*{VOCAB}"):
+        create(config, target=facts)
+
+
+def test_rank_and_slots_come_together(facts: TargetFacts) -> None:
+    with pytest.raises(ConfigError, match="slot_of"):
+        create(stage("sssd"), target=facts, rank=tiny_rank())

@@ -1,0 +1,251 @@
+"""Output is a function of weights, prompt, parameters and seed: token identity whatever the drafters do.
+
+Everything is compared with the same engine's plain decoding. fp64 runs on the torch kernels, fp32 and bf16 on the native
+ones where a compiler is there; in each of them the identity is bit for bit.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from fakes import (
+    MALFORMED,
+    InProcessTransport,
+    ScriptedDrafter,
+    always_wrong,
+    duplicate_children,
+    empty,
+    malformed,
+    oracle,
+    over_deep,
+)
+from tiny import VOCAB, save_tiny_llama
+
+from cluster.core.config import EngineConfig, ModelConfig, StageConfig
+from cluster.core.types import GenerateRequest, SamplingParams, Speculation
+from cluster.engine.rank import Rank, build_rank
+from cluster.engine.verifier import Verifier
+from cluster.rounds.detokenize import TextStream
+from cluster.rounds.draft_worker import DraftWorker
+from cluster.rounds.governor import CostCurve
+from cluster.rounds.pipeline import Pipeline
+from cluster.rounds.scheduler import Scheduler
+from cluster.rounds.session import Limits, Session
+from drafters import TargetFacts, create
+from drafters.base import Drafter
+
+MAX_TOKENS = 24
+FLAT = CostCurve((1, 64), (1.0, 1.0))  # every node pays: the trees are verified whole
+GREEDY = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=0.8, top_p=0.95, seed=1234, max_tokens=MAX_TOKENS, ignore_eos=True)
+PENALISED = SamplingParams(
+    temperature=1.0, top_k=50, min_p=0.01, seed=5, max_tokens=MAX_TOKENS, frequency_penalty=0.7, repetition_penalty=1.2
+)
+
+
+class NoText:
+    def step(self, token: int) -> str:
+        return ""
+
+
+class Rig:
+    """One tiny target; runs requests through a scheduler with any drafter."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        self.folder, self.dtype = folder, dtype
+        self.rank: Rank = build_rank(folder, dtype, num_slots=8, capacity=160, scratch=80, threads=1)
+        self.limits = Limits(160, frozenset({1}))
+        self.slots: dict[str, int] = {}
+
+    def config(self, **changes: object) -> EngineConfig:
+        return EngineConfig.model_validate(
+            {"max_model_len": 160, "kv_slots": 8, "max_nodes": 12, "governor": "always", "max_waiting": 100, **changes}
+        )
+
+    def drafter(self, stage: StageConfig) -> Drafter:
+        facts = TargetFacts(VOCAB, 160, self.folder)
+        return create(stage, target=facts, rank=self.rank, slot_of=self.slots.__getitem__)
+
+    def run(
+        self,
+        requests: Sequence[GenerateRequest],
+        local: Drafter | None = None,
+        pipeline: Pipeline | None = None,
+        **changes: object,
+    ) -> dict[str, Session]:
+        scheduler = Scheduler(self.config(**changes), Verifier(self.rank), FLAT, local, pipeline, self.slots)
+        sessions = {r.request_id: Session(r, self.limits, TextStream(NoText())) for r in requests}
+        for session in sessions.values():
+            scheduler.submit(session)
+        while not scheduler.idle:
+            for outcome in scheduler.step():
+                assert outcome.error is None
+            self.rank.kv.check()
+        assert self.rank.kv.num_free == self.rank.kv.num_slots
+        assert self.slots == {}
+        return sessions
+
+
+@pytest.fixture(scope="module", params=["float64", "float32", "bfloat16"])
+def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    yield Rig(save_tiny_llama(tmp_path_factory.mktemp("target")), request.param)
+
+
+@pytest.fixture(scope="module")
+def draft_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("draft"), layers=1, seed=7)
+
+
+def requests(params: SamplingParams, count: int = 8, **speculation: object) -> list[GenerateRequest]:
+    rng = random.Random(11)
+    wish = Speculation(**speculation)  # type: ignore[arg-type]
+    return [
+        GenerateRequest(
+            f"r{i}", tuple(rng.randrange(2, VOCAB) for _ in range(rng.randint(1, 40))), params, speculation=wish
+        )
+        for i in range(count)
+    ]
+
+
+def outputs(sessions: dict[str, Session]) -> dict[str, list[int]]:
+    return {name: session.tokens[session.prompt_len :] for name, session in sessions.items()}
+
+
+def plain(rig: Rig, params: SamplingParams) -> dict[str, list[int]]:
+    """One at a time, no speculation, the whole prompt in one chunk: the definition everything else must meet."""
+    result: dict[str, list[int]] = {}
+    for request in requests(params):
+        result |= outputs(rig.run([request]))
+    return result
+
+
+@pytest.fixture(scope="module")
+def expected(rig: Rig) -> dict[SamplingParams, dict[str, list[int]]]:
+    return {params: plain(rig, params) for params in (GREEDY, SAMPLED, PENALISED)}
+
+
+def stages(draft_folder: Path, dtype: str) -> dict[str, StageConfig]:
+    sssd = {"name": "small", "drafter": "sssd"}
+    model = ModelConfig(source=str(draft_folder), name="draft", dtype=dtype)
+    draft_model = {"name": "medium", "drafter": "draft_model", "model": model}
+    swift = {"name": "medium", "drafter": "swift", "options": {"skip": "uniform:2"}}
+    return {
+        "sssd": StageConfig.model_validate(sssd),
+        "draft_model": StageConfig.model_validate(draft_model),
+        "swift": StageConfig.model_validate(swift),
+        "staged": StageConfig.model_validate(
+            {"name": "medium", "drafter": "staged", "options": {"small": sssd, "medium": draft_model}}
+        ),
+        "staged_swift": StageConfig.model_validate(
+            {"name": "medium", "drafter": "staged", "options": {"small": sssd, "medium": swift}}
+        ),
+    }
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED, PENALISED], ids=["greedy", "sampled", "penalised"])
+@pytest.mark.parametrize("name", ["sssd", "draft_model", "swift", "staged", "staged_swift"])
+def test_every_drafter_gives_plain_decodings_tokens(
+    rig: Rig,
+    draft_folder: Path,
+    expected: dict[SamplingParams, dict[str, list[int]]],
+    name: str,
+    params: SamplingParams,
+) -> None:
+    sessions = rig.run(requests(params), rig.drafter(stages(draft_folder, rig.dtype)[name]))
+    assert outputs(sessions) == expected[params]
+    if name != "sssd":
+        assert sum(session.stats.drafted for session in sessions.values()) > 0
+
+
+ADVERSARIES = {
+    "always wrong": always_wrong(VOCAB),
+    "empty": empty,
+    "duplicate children": duplicate_children,
+    "over-deep": over_deep,
+} | {f"malformed {kind}": malformed(kind) for kind in MALFORMED}
+
+
+@pytest.mark.parametrize("name", ADVERSARIES)
+def test_adversarial_drafters_change_nothing(
+    rig: Rig, expected: dict[SamplingParams, dict[str, list[int]]], name: str
+) -> None:
+    for params in (GREEDY, SAMPLED):
+        sessions = rig.run(requests(params), ScriptedDrafter(ADVERSARIES[name]))
+        assert outputs(sessions) == expected[params]
+
+
+def test_a_perfect_drafter_is_accepted_whole(rig: Rig, expected: dict[SamplingParams, dict[str, list[int]]]) -> None:
+    for params in (GREEDY, SAMPLED, PENALISED):
+        truth = {r.prompt_token_ids: expected[params][r.request_id] for r in requests(params)}
+        sessions = rig.run(requests(params, 1), ScriptedDrafter(oracle(truth)))
+        assert outputs(sessions)["r0"] == expected[params]["r0"]
+        assert sessions["r0"].stats.mean_accepted_length > 6
+
+
+@pytest.mark.parametrize("concurrency", [1, 3, 8])
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_neither_batching_nor_prefill_chunks_change_a_token(
+    rig: Rig, expected: dict[SamplingParams, dict[str, list[int]]], concurrency: int, chunk: int
+) -> None:
+    for params in (GREEDY, SAMPLED):
+        every = requests(params)
+        found: dict[str, list[int]] = {}
+        for at in range(0, len(every), concurrency):
+            local = ScriptedDrafter(always_wrong(VOCAB))
+            found |= outputs(rig.run(every[at : at + concurrency], local, prefill_chunk=chunk, max_rows=32))
+        assert found == expected[params]
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED, PENALISED], ids=["greedy", "sampled", "penalised"])
+def test_resuming_anywhere_continues_identically(
+    rig: Rig, expected: dict[SamplingParams, dict[str, list[int]]], params: SamplingParams
+) -> None:
+    first = requests(params)[0]
+    whole = expected[params][first.request_id]
+    resumed = [
+        GenerateRequest(f"r{at}", first.prompt_token_ids, params, tuple(whole[:at]), epoch=at % 2)
+        for at in range(len(whole))
+    ]
+    for output in outputs(rig.run(resumed)).values():
+        assert output == whole
+
+
+def test_speculation_switched_off_per_request_drafts_nothing(
+    rig: Rig, expected: dict[SamplingParams, dict[str, list[int]]]
+) -> None:
+    local = ScriptedDrafter(always_wrong(VOCAB))
+    sessions = rig.run(requests(GREEDY, enabled=False), local)
+    assert outputs(sessions) == expected[GREEDY]
+    assert all(session.stats.drafted == 0 for session in sessions.values())
+    sessions = rig.run(requests(GREEDY, max_nodes=2), local)
+    assert all(session.stats.drafted <= 2 * session.stats.rounds for session in sessions.values())
+
+
+@pytest.mark.parametrize("fault", ["none", "drop", "late", "duplicate", "dead", "hung"])
+def test_remote_stages_under_every_transport_fault(
+    rig: Rig, draft_folder: Path, expected: dict[SamplingParams, dict[str, list[int]]], fault: str
+) -> None:
+    made = stages(draft_folder, rig.dtype)
+    facts = TargetFacts(VOCAB, 160, rig.folder)
+    workers = {
+        "small": DraftWorker("small", create(made["sssd"], target=facts)),
+        "medium": DraftWorker("medium", create(made["draft_model"], target=facts)),
+    }
+    transport = InProcessTransport(workers)
+    transport.drop = 0.4 if fault == "drop" else 0.0
+    transport.duplicate = 1.0 if fault == "duplicate" else 0.0
+    transport.delay_s = (0.0, 0.06) if fault in ("late", "duplicate") else (0.0, 0.0)
+    transport.dead = {"medium"} if fault == "dead" else set()
+    transport.hung = {"medium"} if fault == "hung" else set()
+    pipeline = Pipeline(transport, ("small", "medium"), VOCAB, 12)
+    for params in (GREEDY, SAMPLED):
+        sessions = rig.run(requests(params), None, pipeline, draft_deadline_min_ms=30, draft_deadline_max_ms=30)
+        assert outputs(sessions) == expected[params]
+        transport.join()
+    if fault == "none":
+        assert sum(session.stats.drafted for session in sessions.values()) > 0
+    assert pipeline.num_sessions == 0
+    assert [worker.num_sessions for worker in workers.values()] == [0, 0]
