@@ -9,6 +9,7 @@ Stops only what it started: the head's process id is kept in `.run/`, and other 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -22,8 +23,9 @@ from typing import Any
 import yaml
 
 from cluster.core.errors import PacelineError
-# demo
+from deployments import client
 
+PROMPT = "Write a short poem about the sea. Then write the same poem again, word for word."
 STATE = Path(".run/state.json")
 LOG = Path(".run/ray.log")
 START_TIMEOUT_S = 120.0
@@ -32,6 +34,7 @@ RAY_ENV = {
     # Ray's own ports listen on every interface: nobody without this user's token (~/.ray/auth_token) may use them.
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "3",
     # Replace a dead proxy or replica in seconds rather than tens of seconds.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     # Let the autoscaler see load changes quickly.
@@ -43,7 +46,7 @@ RAY_ENV = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("deployments/configs/cpu.yaml"))
-    parser.add_argument("--prompt", default="", help="what the demonstration asks")
+    parser.add_argument("--prompt", default=PROMPT, help="what the demonstration asks")
     parser.add_argument("--stop", action="store_true", help="take down what this command started")
     args = parser.parse_args()
     os.environ.update(RAY_ENV)
@@ -54,7 +57,7 @@ def main() -> int:
         prepare(config)
         dashboard = start_ray()
         deploy(args.config, dashboard)
-        demo.run(f"127.0.0.1:{config['grpc_options']['port']}", args.prompt)
+        demonstrate(f"127.0.0.1:{config['grpc_options']['port']}", args.prompt)
         http = config["http_options"]
         print(f"\nThe service is up: http://{http['host']}:{http['port']}/v1 (OpenAI-style) and", end=" ")
         print(
@@ -66,14 +69,24 @@ def main() -> int:
     return 0
 
 
+def demonstrate(address: str, prompt: str) -> None:
+    """One real request over gRPC, twice: through both drafting stages, then as the engine itself would choose."""
+    ask = ["--address", address, "--prompt", prompt, "--stream", "--compare", "--max-tokens", "160"]
+    print(f"\n> {prompt}\n\nwith both drafting stages asked in every round:", flush=True)
+    colours = "never" if "NO_COLOR" in os.environ else "always"
+    failed = client.main([*ask, "--stages", "small,medium", "--color", colours])
+    print("\nthe same, guessing only where the engine measures that it pays:", flush=True)
+    failed |= client.main([*ask, "--color", "never"])
+    if failed:
+        raise SetupError("the request failed: see above")
+
+
 class SetupError(Exception):
     """The cluster or the service did not come up; the message says what was seen and where to look."""
 
 
 def prepare(config: dict[str, Any]) -> None:
     """Fetch weights and build kernels before any replica needs them, where their progress can be seen."""
-    from cluster.engine.weights import resolve_model
-
     from cluster.engine.kernels import choose_kernels
     from cluster.engine.weights import resolve_model
 
@@ -139,19 +152,21 @@ def deploy(config: Path, dashboard: str) -> None:
 
 
 def stop() -> int:
-    """End the head node that ``start_ray`` started; Ray ends its own children with it."""
+    """End the head node that ``start_ray`` started, and every process of its Unix session: Ray keeps them all in it."""
     if not STATE.exists():
         print("nothing to stop: no service was started from this folder")
         return 0
-    pid = json.loads(STATE.read_text())["pid"]
-    if _alive(pid):
-        print(f"stopping Ray (process {pid})", flush=True)
-        os.kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + 30.0
-        while _alive(pid) and time.monotonic() < deadline:
+    head = json.loads(STATE.read_text())["pid"]
+    for number, patience_s in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 10.0)):
+        left = _session(head)
+        if left:
+            print(f"stopping Ray ({len(left)} processes)", flush=True)
+        for pid in left if number == signal.SIGKILL else left & {head}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        deadline = time.monotonic() + patience_s
+        while _session(head) and time.monotonic() < deadline:
             time.sleep(0.2)
-        if _alive(pid):
-            os.killpg(pid, signal.SIGKILL)
     STATE.unlink()
     print("stopped")
     return 0
@@ -188,11 +203,18 @@ def _applications(dashboard: str) -> dict[str, Any] | None:
 
 
 def _alive(pid: int) -> bool:
-    """Whether the process runs (a zombie does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    return pid in _session(pid)
+
+
+def _session(leader: int) -> set[int]:
+    """Processes of the Unix session that ``leader`` started, zombies left out."""
+    members = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, session, *_ = stat.read_text().rpartition(")")[2].split()
+            if int(session) == leader and state != "Z":
+                members.add(int(stat.parent.name))
+    return members
 
 
 def _free_port(preferred: int) -> int:

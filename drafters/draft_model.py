@@ -145,7 +145,8 @@ class ModelDrafter:
             grow(self._rank, [plot for _, plot in work], self._options, self._lead_skip, self._skip)
         for session, plot in work:
             session.plot = plot
-        return {plot.session_id: plot.growth.tree() for _, plot in work}
+        trees = {plot.session_id: plot.growth.tree() for _, plot in work}
+        return {session_id: tree for session_id, tree in trees.items() if len(tree)}
 
     def commit(self, session_id: str, token_ids: Sequence[int]) -> None:
         session = self._session(session_id)

@@ -203,7 +203,7 @@ def _evaluate(rank: Rank, work: Sequence[tuple[Plot, list[int]]], options: Growt
             path = plot.growth.path(node)
             places.append(Place(plot.params, plot.base + len(path), plot.history, path))
     logits = rank.forward(batch, skip=skip)
-    tokens, probs = expand(logits, places, options.error_scale)
+    tokens, probs = expand(logits.numpy(), places, options.error_scale)
     for row, (growth, node) in enumerate(evaluated):
         growth.expand(node, tokens[row], probs[row])
 

@@ -152,6 +152,9 @@ def _choose(
     margin = min(float(best - inside.max()), distance(winner))
     # a cut token must both come back and catch up
     behind = np.where(kept, np.inf, best - sums)
-    for index in np.flatnonzero(behind < margin).tolist():
+    rivals = np.flatnonzero(behind < margin)
+    for index in rivals[np.argsort(behind[rivals])].tolist():
+        if behind[index] >= margin:
+            break
         margin = min(margin, max(float(behind[index]), distance(index)))
     return Decision(int(ids[winner]), max(0.0, margin))

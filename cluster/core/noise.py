@@ -22,8 +22,7 @@ MAX_BITS = 2**32 - 1
 _LOW_WORD = np.uint64(MAX_BITS)
 _WORD = np.uint64(32)
 _MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
-_KEY_STEPS = np.array([[0x9E3779B9], [0xBB67AE85]], np.uint64)
-_ROUNDS = 10
+_KEY_STEPS = np.array([[0x9E3779B9], [0xBB67AE85]], np.uint64) * np.arange(10, dtype=np.uint64)[:, None, None]
 
 
 def philox4x32(counter: Uint32Array, key: Uint32Array) -> Uint32Array:
@@ -40,15 +39,14 @@ def _philox(even: Uint64Array, odd: Uint64Array, key_0: int, key_1: int, out: Ui
     The even words are multiplied, the odd ones are not, so that in this layout a round is five array operations; they
     overwrite ``even`` and ``odd``, because fresh memory would cost more than the arithmetic.
     """
-    key = np.array([[key_0], [key_1]], np.uint64)
+    round_keys = (np.array([[key_0], [key_1]], np.uint64) + _KEY_STEPS) & _LOW_WORD
     product = np.empty_like(even)
-    for _ in range(_ROUNDS):
+    for round_key in round_keys:
         np.multiply(even, _MULTIPLIERS, out=product)
         np.right_shift(product[::-1], _WORD, out=even)
         even ^= odd
-        even ^= key
+        even ^= round_key
         np.bitwise_and(product[::-1], _LOW_WORD, out=odd)
-        key = (key + _KEY_STEPS) & _LOW_WORD
     out[:, 0::2], out[:, 1::2] = even.T, odd.T
 
 

@@ -242,6 +242,9 @@ def rank(row: FloatRow, peak: float, params: SamplingParams) -> Head:
         if uncut or not head.open:
             return head
         size *= _PREFIX_GROWTH
+        if size * _GROUPS_PER_TOKEN * _FEWEST_PER_GROUP > vocab_size:
+            # ``top`` would sort the row anyway
+            size = vocab_size
 
 
 def _mass(row: FloatRow, peak: float, params: SamplingParams) -> float:

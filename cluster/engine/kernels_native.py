@@ -22,7 +22,7 @@ from cluster.engine.rows import StepRows
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "pool.h", "simd.h"))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-pthread", "-fPIC", "-shared", "-Wno-psabi")
 BLOCK = 16
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -64,17 +64,17 @@ def build_library() -> Path:
     Processes that build at once each rename a finished file into place, so none ever loads half of one.
     """
     flags = _cpu_flags()
-    key = [SOURCE.read_text(), *FLAGS, *sorted(flags)]
+    key = [*(source.read_text() for source in SOURCES), *FLAGS, *sorted(flags)]
     target = cache_folder("kernels") / f"{hashlib.sha256(chr(10).join(key).encode()).hexdigest()[:20]}.so"
     if target.exists():
         return target
     compiler = shutil.which("g++")
     if compiler is None:
         raise NativeUnavailable("no g++ was found")
-    logger.info("kernels: compiling %s", SOURCE.name)
+    logger.info("kernels: compiling %s", SOURCES[0].name)
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         library = f"{work}/kernels.so"
-        _run([compiler, *FLAGS, str(SOURCE), "-o", library])
+        _run([compiler, *FLAGS, str(SOURCES[0]), "-o", library])
         os.replace(library, target)
     return target
 
@@ -88,7 +88,7 @@ def _library() -> ctypes.CDLL:
 
 
 class _Arena:
-    """Weights on huge pages: with 4 KiB pages, a step would spend a third of its time on address translation."""
+    """Weights on huge pages: a step walks through all of them, more than 4 KiB page tables keep at hand."""
 
     def __init__(self) -> None:
         self._free = torch.empty(0, dtype=torch.uint8)

@@ -42,7 +42,8 @@ def draws(logits: np.ndarray, seed: int, positions: int, choice: int = 0) -> np.
     counter[:, :, 1] = choice
     counter[:, :, 2] = np.arange(blocks)
     bits = philox4x32(counter, np.array([seed & MAX_BITS, seed >> 32], np.uint32))
-    return np.argmax(logits + gumbel(bits.reshape(positions, -1)[:, : len(logits)]), axis=1)
+    sums = logits + gumbel(bits.reshape(positions, -1)[:, : len(logits)])
+    return np.asarray(sums.argmax(axis=1))
 
 
 def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:

@@ -59,7 +59,7 @@ def test_sssd_is_made_in_the_stages_colour(facts: TargetFacts) -> None:
 
 @pytest.mark.parametrize("kind", ["draft_model", "swift"])
 def test_a_model_drafter_loads_the_targets_weights_where_it_names_none(facts: TargetFacts, kind: str) -> None:
-    options = {"passes": 5, "children": 1, "min_score": 0.0} | ({"skip": []} if kind == "swift" else {})
+    options: dict[str, Any] = {"passes": 5, "children": 1, "min_score": 0.0} | ({"skip": []} if kind == "swift" else {})
     drafter = create(stage(kind, options=options), target=facts)
     assert isinstance(drafter, SwiftDrafter if kind == "swift" else ModelDrafter)
     assert drafter.vocab_size == VOCAB

@@ -29,9 +29,10 @@ SIZES: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> Iterator[None]:
+def _one_thread_in_torch() -> Iterator[None]:
+    """torch's threads wait for each other in every tiny operation, which takes minutes on a busy machine."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
