@@ -18,6 +18,7 @@ from cluster.core.token_tree import TokenTree
 from cluster.core.types import TreeKey
 from cluster.rounds.messages import DraftAsk, DraftReply, StageReport
 from drafters.base import Ask, Drafter
+from drafters.staged import fill_in
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class DraftWorker:
                 wanted[name] = Ask(name, ask.max_nodes, ask.max_depth)
                 keys[name] = ask.commit.key
         hints = self._hints(verifier, upstream, keys)
-        trees = self._drafter.propose(list(wanted.values()), hints) if wanted else {}
+        trees = fill_in(list(wanted.values()), hints, self._drafter.propose(list(wanted.values()), hints))
         report = StageReport(
             self.stage,
             os.getpid(),

@@ -269,7 +269,7 @@ def test_a_forward_that_fails_leaves_the_session_as_it_was() -> None:
     def failing(*args: object, **kwargs: object) -> torch.Tensor:
         raise RuntimeError("no memory")
 
-    rank.forward = failing  # type: ignore[method-assign,assignment]
+    rank.forward = failing  # type: ignore[method-assign]
     with pytest.raises(RuntimeError):
         drafter.propose([Ask("s", 6, 3)], {})
     rank.forward = whole  # type: ignore[method-assign]

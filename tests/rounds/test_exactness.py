@@ -1,13 +1,13 @@
 """Output is a function of weights, prompt, parameters and seed: token identity whatever the drafters do.
 
-Everything is compared with the same engine's plain decoding. fp64 runs on the torch kernels, fp32 and bf16 on the native
-ones where a compiler is there; in each of them the identity is bit for bit.
+Everything is compared with the same engine's plain decoding. fp64 runs on the torch kernels, fp32 and bf16 on the
+native ones where a compiler is there; in each of them the identity is bit for bit.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -90,8 +90,8 @@ class Rig:
 
 
 @pytest.fixture(scope="module", params=["float64", "float32", "bfloat16"])
-def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    yield Rig(save_tiny_llama(tmp_path_factory.mktemp("target")), request.param)
+def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rig:
+    return Rig(save_tiny_llama(tmp_path_factory.mktemp("target")), request.param)
 
 
 @pytest.fixture(scope="module")
