@@ -102,20 +102,21 @@ def generate(
             if outcome.error is not None:
                 raise outcome.error
             assert outcome.item is not None
-            texts[session.id].append(outcome.item.text)
+            request_id = session.request.request_id
+            texts[request_id].append(outcome.item.text)
             if session.finish_reason is not None:
                 stats = session.stats
                 yield {
-                    "id": session.id,
+                    "id": request_id,
                     "prompt_token_ids": session.tokens[: session.prompt_len],
                     "token_ids": session.tokens[session.prompt_len :],
-                    "text": "".join(texts.pop(session.id)),
+                    "text": "".join(texts.pop(request_id)),
                     "finish_reason": session.finish_reason.value,
                     "rounds": stats.rounds,
                     "drafted": stats.drafted,
                     "accepted": stats.accepted,
                     "tokens_by_origin": dict(zip(("target", "small", "medium"), stats.tokens_by_origin)),
-                    "seconds": time.perf_counter() - started.pop(session.id),
+                    "seconds": time.perf_counter() - started.pop(request_id),
                 }
                 active += submit() - 1
 
@@ -125,7 +126,7 @@ def drafter_stage(args: argparse.Namespace) -> StageConfig | None:
     layers."""
     sssd = {"name": "small", "drafter": "sssd"}
     swift = {"name": "medium", "drafter": "swift", "options": {"skip": args.skip}}
-    draft_model = {"name": "medium", "drafter": "draft_model"}
+    draft_model: dict[str, Any] = {"name": "medium", "drafter": "draft_model"}
     if args.draft_model:
         draft_model["model"] = {"source": args.draft_model, "name": "draft", "dtype": args.dtype}
     elif args.drafters == "draft_model":

@@ -87,6 +87,8 @@ def build_scheduler(
     slots: dict[str, int] = {}
     local = None
     if local_stage is not None:
+        if "max_sessions" not in local_stage.model_fields_set:  # it serves whatever session runs here
+            local_stage = local_stage.model_copy(update={"max_sessions": engine.kv_slots})
         facts = TargetFacts(target.info.vocab_size, target.info.max_model_len, target.folder, target.model.dtype)
         local = create(local_stage, target=facts, rank=target.rank, slot_of=slots.__getitem__)
     return Scheduler(engine, Verifier(target.rank), target.curve, local, pipeline, slots)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +17,7 @@ import ray
 
 from cluster.assemble import build_engine
 from cluster.core.config import DraftersConfig, ServiceConfig, StageConfig
+from cluster.core.errors import EngineFailed
 from cluster.core.types import tokenizer_hash
 from cluster.engine.weights import load_tokenizer, read_config, resolve_model
 from cluster.leases import RayDraftTransport
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 
 HOLD_POLL_S = 0.5
 MAX_CONCURRENT_CALLS = 1000
+COMPUTE_LIMIT_S = 60.0  # a draft computation that takes longer is stuck
 
 
 class DraftActor:
@@ -36,32 +39,46 @@ class DraftActor:
     def __init__(self, stage: StageConfig, config: DraftersConfig) -> None:
         folder = resolve_model(config.target_model.source, log.info)
         facts = TargetFacts(read_config(folder).vocab_size, config.max_model_len, folder, config.target_model.dtype)
-        self._worker = DraftWorker(stage.name, create(stage, target=facts))
+        self._worker = DraftWorker(stage.name, create(stage, target=facts), stage.lease_ttl_s)
         self._facts = WorkerFacts(
             stage.name, os.getpid(), PROTOCOL_VERSION, tokenizer_hash(load_tokenizer(folder).get_vocab())
         )
         self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="draft")
-        self._newest: dict[tuple[str, str], int] = {}
+        self._newest: dict[tuple[str, str], tuple[int, int]] = {}
+        self._computing_since: float | None = None
 
     async def facts(self) -> WorkerFacts:
         return self._facts
+
+    async def check(self) -> None:
+        """Raises ``EngineFailed`` where the compute thread is stuck."""
+        since = self._computing_since
+        if since is not None and time.monotonic() - since > COMPUTE_LIMIT_S:
+            raise EngineFailed(f"a draft computation has been running for {time.monotonic() - since:.0f} s")
 
     async def draft(self, verifier: str, asks: list[DraftAsk], upstream: DraftReply | None = None) -> DraftReply:
         """See ``DraftWorker.draft``. ``upstream`` arrives as the small stage's object ref, resolved by Ray.
 
         An ask that a newer one of its session has overtaken while it queued is dropped: its tree would be late.
         """
-        for ask in asks:
-            name = (verifier, ask.commit.key.session_id)
-            self._newest[name] = max(ask.commit.key.base, self._newest.get(name, 0))
+        states = [(ask, (verifier, ask.commit.key.session_id), _state(ask)) for ask in asks]
+        for _, name, state in states:
+            self._newest[name] = max(state, self._newest.get(name, state))
 
         def compute() -> DraftReply:
-            fresh = [
-                ask for ask in asks if ask.commit.key.base >= self._newest.get((verifier, ask.commit.key.session_id), 0)
-            ]
-            return self._worker.draft(verifier, fresh, upstream)
+            self._computing_since = time.monotonic()
+            try:
+                fresh = [ask for ask, name, state in states if state >= self._newest.get(name, state)]
+                return self._worker.draft(verifier, fresh, upstream)
+            finally:
+                self._computing_since = None
 
-        return await asyncio.get_running_loop().run_in_executor(self._compute, compute)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._compute, compute)
+        finally:
+            for _, name, state in states:
+                if self._newest.get(name) == state:  # nothing newer is on its way
+                    del self._newest[name]
 
     async def hold(self, verifier: str, session_id: str, ttl_s: float) -> None:
         """Return once the session has not been asked about for ``ttl_s`` seconds."""
@@ -75,17 +92,24 @@ class DraftActor:
 
     async def release(self, verifier: str, session_id: str) -> None:
         """Free the session, after whatever is still queued for it."""
-        self._newest.pop((verifier, session_id), None)
         await asyncio.get_running_loop().run_in_executor(self._compute, self._worker.end, verifier, session_id)
 
     async def num_sessions(self) -> int:
         return self._worker.num_sessions
 
 
-def start_draft_worker(stage: StageConfig, config: DraftersConfig) -> Any:
-    """A new draft worker actor; Ray restarts it where its process dies, and its handle stays good."""
+def _state(ask: DraftAsk) -> tuple[int, int]:
+    return ask.commit.key.epoch, ask.commit.key.base
+
+
+def start_draft_worker(stage: StageConfig, config: DraftersConfig) -> tuple[Any, WorkerFacts]:
+    """A new draft worker actor and its facts; returns once it is ready, raises what its constructor raises.
+
+    Ray restarts it where its process dies, and its handle stays good.
+    """
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": 0, "max_concurrency": MAX_CONCURRENT_CALLS}
-    return ray.remote(DraftActor).options(**{**options, **stage.actor_options}).remote(stage, config)
+    worker = ray.remote(DraftActor).options(**{**options, **stage.actor_options}).remote(stage, config)
+    return worker, ray.get(worker.facts.remote())
 
 
 def launch_engine(config: ServiceConfig) -> TreeEngine:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError
 
 from cluster.core.errors import ConfigError
 from cluster.rounds.messages import PROTOCOL_VERSION, DraftAsk, DraftReply, Lease
@@ -24,6 +23,8 @@ from cluster.rounds.pipeline import ChainAsk
 log = logging.getLogger(__name__)
 
 REOPEN_AFTER_S = 1.0
+CALL_LIMIT_S = 30.0  # a call without an answer for so long is given up: its worker hangs
+STOP_LIMIT_S = 10.0
 
 Deliver = Callable[[DraftReply], None]
 Fail = Callable[[str, Sequence[str]], None]
@@ -78,9 +79,12 @@ class RayDraftTransport:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-        asyncio.run_coroutine_threadsafe(drain(), self._loop).result(timeout=10.0)
+        try:
+            asyncio.run_coroutine_threadsafe(drain(), self._loop).result(timeout=STOP_LIMIT_S)
+        except TimeoutError:
+            log.warning("leases were not given back within %g s", STOP_LIMIT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=10.0)
+        self._thread.join(timeout=STOP_LIMIT_S)
 
     # --- on the transport's loop
 
@@ -128,7 +132,10 @@ class RayDraftTransport:
         groups: dict[tuple[tuple[str, Any], ...], list[ChainAsk]] = defaultdict(list)
         for chain in chains:
             workers = tuple((stage, self._workers.get((chain.session_id, stage))) for stage in chain.asks)
-            if all(worker is not None for _, worker in workers):
+            lost = next((stage for stage, worker in workers if worker is None), None)
+            if lost is not None:
+                fail(lost, [chain.session_id])  # its lease ended a moment ago
+            else:
                 groups[workers].append(chain)
         for workers, members in groups.items():
             task = self._loop.create_task(self._call(workers, members, deliver, fail))
@@ -139,22 +146,18 @@ class RayDraftTransport:
         self, workers: Sequence[tuple[str, Any]], members: Sequence[ChainAsk], deliver: Deliver, fail: Fail
     ) -> None:
         refs: list[Any] = []
-        for stage, worker in workers:
-            asks: list[DraftAsk] = [chain.asks[stage] for chain in members]
-            # The upstream's ref is an argument: its trees go from worker to worker and are never fetched here.
-            refs.append(worker.draft.remote(self._verifier, asks, *refs[-1:]))
+        stage = ""
         try:
-            deliver(await refs[-1])
-        except RayError as error:
-            stage = await self._failed_stage(workers, refs)
-            log.debug("a draft call to stage %s failed: %s", stage, error)
+            for stage, worker in workers:
+                asks: list[DraftAsk] = [chain.asks[stage] for chain in members]
+                # The upstream's ref is an argument: its trees go from worker to worker, nobody waits for them here.
+                refs.append(worker.draft.remote(self._verifier, asks, *refs[-1:]))
+            async with asyncio.timeout(CALL_LIMIT_S):
+                for worker_of_stage, ref in zip(workers, refs):
+                    stage = worker_of_stage[0]
+                    deliver(await ref)
+        except TimeoutError:
+            log.warning("stage %s did not answer a call within %g s", stage, CALL_LIMIT_S)
+        except Exception as error:  # whatever it is, it costs this round's trees and nothing else
+            log.debug("a draft call to stage %s failed: %r", stage, error)
             fail(stage, [chain.session_id for chain in members])
-
-    async def _failed_stage(self, workers: Sequence[tuple[str, Any]], refs: Sequence[Any]) -> str:
-        """Which stage broke the chain: the first whose own result is an error."""
-        for (stage, _), ref in zip(workers, refs):
-            try:
-                await ref
-            except RayError:
-                return stage
-        return workers[-1][0]

@@ -1,7 +1,8 @@
 """``TreeEngine``: the engine thread that drives the rounds, and the queues where it meets the doors' event loop.
 
 Only the engine thread touches the scheduler and torch. Requests reach it through an inbox; items leave through one
-asyncio queue per request.
+asyncio queue per request. A request is registered before it is in the inbox, under the lock that also guards the
+engine's end: nobody can wait for an engine that has ended.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
-from cluster.core.errors import Aborted, EngineFailed, EngineUnavailable, InvalidArgument, Overloaded, PacelineError
+from cluster.core.errors import Aborted, EngineFailed, EngineUnavailable, InvalidArgument, PacelineError
 from cluster.core.types import GenerateRequest, Health, Load, ModelInfo, StreamItem
 from cluster.engine.kv_cache import KVCache
 from cluster.rounds.detokenize import TextStream
@@ -27,6 +28,7 @@ from cluster.rounds.session import Limits, Session
 log = logging.getLogger(__name__)
 
 HEARTBEAT_LIMIT_S = 60.0  # a step that takes longer than this is stuck
+CLOSE_LIMIT_S = 30.0
 
 
 @dataclass(slots=True)
@@ -35,7 +37,7 @@ class _Call:
 
     request: GenerateRequest
     loop: asyncio.AbstractEventLoop
-    items: asyncio.Queue[StreamItem | PacelineError]
+    items: asyncio.Queue[StreamItem | PacelineError] = field(default_factory=asyncio.Queue)
     session: Session | None = None
 
     def send(self, message: StreamItem | PacelineError) -> None:
@@ -66,7 +68,10 @@ class TreeEngine:
         self._pipeline = pipeline
         self._on_close = on_close
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._calls: dict[str, _Call] = {}
+        self._lock = threading.Lock()
+        self._calls: dict[str, _Call] = {}  # by request id: what the doors have in flight
+        self._ended: PacelineError | None = None
+        self._sessions: dict[str, _Call] = {}  # by session id: what the engine thread has in flight
         self._failure = ""
         self._stopped = False
         self._heartbeat = time.monotonic()
@@ -77,9 +82,9 @@ class TreeEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[StreamItem]:
         """See ``Engine.generate``. Leaving the iterator early aborts the session."""
-        if self._stopped or self._failure:
-            raise EngineUnavailable(self._failure or "the engine is stopped")
-        call = _Call(request, asyncio.get_running_loop(), asyncio.Queue())
+        check_request(request, self._info)
+        call = _Call(request, asyncio.get_running_loop())
+        self._register(call)
         self._inbox.put(partial(self._submit, call))
         ended = False
         try:
@@ -91,6 +96,7 @@ class TreeEngine:
                 ended = message.finish_reason is not None
                 yield message
         finally:
+            self._forget(call)
             if not ended:
                 self._inbox.put(partial(self._drop, call))
 
@@ -132,9 +138,34 @@ class TreeEngine:
         if not self._stopped:
             self._stopped = True
             self._inbox.put(None)
-            self._thread.join(timeout=30.0)
+            self._thread.join(timeout=CLOSE_LIMIT_S)
+            self._end(EngineUnavailable("the engine is stopping"))  # where the thread is stuck in a step
             if self._on_close is not None:
                 self._on_close()
+
+    def _register(self, call: _Call) -> None:
+        request_id = call.request.request_id
+        with self._lock:
+            if self._ended is not None or self._stopped:
+                raise EngineUnavailable(self._failure or "the engine is stopped")
+            if request_id in self._calls:
+                raise InvalidArgument("request_id", f"{request_id!r} is running already")
+            self._calls[request_id] = call
+
+    def _forget(self, call: _Call) -> None:
+        """The request id may be used again; what the engine thread still does for it goes by the session's own id."""
+        with self._lock:
+            if self._calls.get(call.request.request_id) is call:
+                del self._calls[call.request.request_id]
+
+    def _end(self, reason: PacelineError) -> None:
+        """No request is accepted from here on; those in flight end with ``reason``."""
+        with self._lock:
+            self._ended = self._ended or reason
+            calls = list(self._calls.values())
+            self._calls.clear()
+        for call in calls:
+            call.send(reason)
 
     # --- the engine thread
 
@@ -149,9 +180,7 @@ class TreeEngine:
             log.exception("a step failed; the engine stops")
             self._failure = f"a step failed: {type(error).__name__}: {error}"
             reason = EngineFailed(self._failure)
-        for call in list(self._calls.values()):
-            call.send(reason)
-        self._calls.clear()
+        self._end(reason)
 
     def _handle_inbox(self) -> bool:
         """Run what the doors asked for; sleep while there is nothing to do. False: stop."""
@@ -169,35 +198,45 @@ class TreeEngine:
             work()
 
     def _submit(self, call: _Call) -> None:
-        request_id = call.request.request_id
-        if request_id in self._calls:
-            call.send(InvalidArgument("request_id", f"{request_id!r} is running already"))
-            return
-        call.session = Session(call.request, self._limits, self._text_of(call.request))
-        self._calls[request_id] = call
         try:
+            call.session = Session(call.request, self._limits, self._text_of(call.request))
             outcome = self._scheduler.submit(call.session)
-        except Overloaded as error:
-            del self._calls[request_id]
+        except PacelineError as error:
             call.send(error)
-            return
-        if outcome is not None:
-            self._publish(outcome)
+        except Exception as error:
+            log.exception("request %s cannot be begun", call.request.request_id)
+            call.send(EngineFailed(f"{type(error).__name__} while the request was begun"))
+        else:
+            self._sessions[call.session.id] = call
+            if outcome is not None:
+                self._publish(outcome)
 
     def _drop(self, call: _Call, reason: PacelineError | None = None) -> None:
-        if self._calls.get(call.request.request_id) is not call or call.session is None:
-            return
-        del self._calls[call.request.request_id]
-        self._scheduler.abort(call.session)
+        session = call.session
+        if session is None or self._sessions.pop(session.id, None) is None:
+            return  # refused, or over by itself
+        self._scheduler.abort(session)
         if reason is not None:
             call.send(reason)
 
     def _publish(self, outcome: Outcome) -> None:
-        call = self._calls.get(outcome.session.id)
-        if call is None:
-            return
-        if outcome.error is not None or outcome.session.finish_reason is not None:
-            del self._calls[outcome.session.id]
+        session = outcome.session
+        over = outcome.error is not None or session.finish_reason is not None
+        call = self._sessions.pop(session.id) if over else self._sessions[session.id]
         message = outcome.error or outcome.item
         if message is not None:
             call.send(message)
+
+
+def check_request(request: GenerateRequest, info: ModelInfo) -> None:
+    """Raises ``InvalidArgument`` for what would fail in a step, and with it every other request.
+
+    The doors check all of this too, in the client's words.
+    """
+    prompt, bias = request.prompt_token_ids, [token for token, _ in request.params.logit_bias]
+    if not 0 < len(prompt) < info.max_model_len:
+        raise InvalidArgument("prompt", f"{len(prompt)} tokens; allowed are 1 to {info.max_model_len - 1}")
+    fields = {"prompt": prompt, "resume_token_ids": request.resume_token_ids, "logit_bias": bias}
+    for name, ids in fields.items():
+        if ids and not (min(ids) >= 0 and max(ids) < info.vocab_size):
+            raise InvalidArgument(name, f"a token id is outside [0, {info.vocab_size})")

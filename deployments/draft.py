@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorDiedError, RayActorError
 
 from cluster.core.config import DraftersConfig, StageConfig
 from cluster.launch import start_draft_worker
@@ -24,7 +24,7 @@ class Draft:
 
     def __init__(self, stage: StageConfig, config: DraftersConfig) -> None:
         self._stage = stage
-        self._worker = start_draft_worker(stage, config)
+        self._worker, self._facts = start_draft_worker(stage, config)
 
     async def open(self, verifier: str, session_id: str) -> AsyncIterator[Lease]:
         """Lease the worker to a session: one item, then silence until the session is idle for ``lease_ttl_s``.
@@ -32,8 +32,8 @@ class Draft:
         The verifier ends a lease by closing the stream. A worker whose process died is restarted by Ray under the same
         handle, so the lease outlives it.
         """
-        yield Lease(self._worker, await self._worker.facts.remote())
         try:
+            yield Lease(self._worker, self._facts)
             while True:
                 try:
                     await self._worker.hold.remote(verifier, session_id, self._stage.lease_ttl_s)
@@ -48,9 +48,11 @@ class Draft:
         return int(await self._worker.num_sessions.remote())
 
     async def check_health(self) -> None:
-        """Unhealthy where the worker neither answers nor is being restarted."""
+        """Unhealthy where the worker is stuck, or gone for good; a replica's successor has a worker of its own."""
         try:
-            await asyncio.wait_for(self._worker.facts.remote(), HEALTH_TIMEOUT_S)
+            await asyncio.wait_for(self._worker.check.remote(), HEALTH_TIMEOUT_S)
+        except ActorDiedError:
+            raise
         except RayActorError:
             log.warning("the draft worker of stage %s is being restarted", self._stage.name)
 

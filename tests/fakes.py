@@ -47,6 +47,40 @@ class ScriptedDrafter:
         return self.tokens[session_id]
 
 
+class FailingDrafter(ScriptedDrafter):
+    """Raises in one of its methods, every time; "propose for one" only for the session begun first, in any batch."""
+
+    def __init__(self, make: Callable[[list[int], Ask], TokenTree], where: str) -> None:
+        super().__init__(make)
+        self.raised = 0
+        self._where = where
+        self._first = ""
+
+    def begin(self, session_id: str, token_ids: Sequence[int], params: SamplingParams, prompt_len: int) -> None:
+        self._first = self._first or session_id
+        self._fail("begin")
+        super().begin(session_id, token_ids, params, prompt_len)
+
+    def propose(self, asks: Sequence[Ask], upstream: Mapping[str, TokenTree]) -> dict[str, TokenTree]:
+        self._fail("propose")
+        if any(ask.session_id == self._first for ask in asks):
+            self._fail("propose for one")
+        return super().propose(asks, upstream)
+
+    def commit(self, session_id: str, token_ids: Sequence[int]) -> None:
+        self._fail("commit")
+        super().commit(session_id, token_ids)
+
+    def end(self, session_id: str) -> None:
+        super().end(session_id)
+        self._fail("end")
+
+    def _fail(self, where: str) -> None:
+        if where == self._where:
+            self.raised += 1
+            raise ZeroDivisionError(where)
+
+
 def oracle(outputs: Mapping[tuple[int, ...], Sequence[int]]) -> Callable[[list[int], Ask], TokenTree]:
     """Guesses the true continuation, by prompt."""
 
@@ -187,5 +221,4 @@ class InProcessTransport:
                 if chain.session_id not in self._open:
                     return
                 reply = self.workers[stage].draft("test", [ask], reply)
-        if reply is not None:
             deliver(reply)

@@ -50,6 +50,12 @@ class EngineConfig(_Config):
     draft_deadline_min_ms: float = Field(default=2.0, ge=0.0)
     draft_deadline_max_ms: float = Field(default=250.0, ge=0.0)
 
+    @model_validator(mode="after")
+    def _a_row_for_every_session(self) -> EngineConfig:
+        if self.kv_slots > self.max_rows:
+            raise ValueError(f"kv_slots: {self.kv_slots} sessions need a row each, max_rows is {self.max_rows}")
+        return self
+
 
 class StageConfig(_Config):
     """One drafter: its stage's name, its kind, and the kind's own options (checked by the drafter's factory)."""

@@ -5,11 +5,14 @@ The decoding itself is the ``tokenizers`` library's; this file only decides whic
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+
+log = logging.getLogger(__name__)
 
 PRIME_TOKENS = 8  # enough of the prompt's tail for decoders that treat a leading token specially
 
@@ -30,7 +33,14 @@ class StreamDecoder:
             self.step(token)
 
     def step(self, token: int) -> str:
-        return self._stream.step(self._tokenizer, token) or ""
+        try:
+            return self._stream.step(self._tokenizer, token) or ""
+        except Exception as error:
+            # Bytes that are no text can make a decoder change text it has given out (byte fallback does): DecodeStream
+            # then raises at every further token. Only its text so far is lost by starting anew.
+            log.debug("the text stream starts anew at token %d: %s", token, error)
+            self._stream = DecodeStream(skip_special_tokens=True)
+            return self._stream.step(self._tokenizer, token) or ""
 
 
 class TextStream:

@@ -1,21 +1,23 @@
 """Host of any drafter: follows the target's commits, answers asks, forgets sessions nobody asks about.
 
 A plain class, called from one thread; the Ray actor around it is in ``cluster.launch``. Whatever arrives here may be
-late, doubled, out of order or for a session this worker never saw: it answers with what it holds, never with an error
-that would cost other sessions their trees.
+late, doubled, out of order or for a session this worker never saw, and the drafter itself may fail: it answers with
+what it holds, never with an error that would cost other sessions their trees.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cluster.core.errors import Overloaded, PacelineError
+from cluster.core.errors import InvalidTree
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import TreeKey
+from cluster.rounds.guard import GuardedDrafter
 from cluster.rounds.messages import DraftAsk, DraftReply, StageReport
 from drafters.base import Ask, Drafter
 from drafters.staged import fill_in
@@ -30,11 +32,21 @@ class _Held:
 
 
 class DraftWorker:
-    """One stage's drafter and the sessions it holds, each named by its verifier and session id."""
+    """One stage's drafter and the sessions it holds, each named by its verifier and session id.
 
-    def __init__(self, stage: str, drafter: Drafter, clock: Callable[[], float] = time.monotonic) -> None:
+    Sessions not asked about for ``ttl_s`` are dropped, whoever should have ended them.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        drafter: Drafter,
+        ttl_s: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.stage = stage
-        self._drafter = drafter
+        self._drafter = GuardedDrafter(drafter)
+        self._ttl_s = ttl_s
         self._clock = clock
         self._held: dict[str, _Held] = {}
 
@@ -45,6 +57,7 @@ class DraftWorker:
     def draft(self, verifier: str, asks: Sequence[DraftAsk], upstream: DraftReply | None = None) -> DraftReply:
         """Apply every ask's commit, then propose trees for those that want one and could be followed."""
         start = self._clock()
+        self._drop_idle()
         resync: list[str] = []
         wanted: dict[str, Ask] = {}
         keys: dict[str, TreeKey] = {}
@@ -57,6 +70,8 @@ class DraftWorker:
                 keys[name] = ask.commit.key
         hints = self._hints(verifier, upstream, keys)
         trees = fill_in(list(wanted.values()), hints, self._drafter.propose(list(wanted.values()), hints))
+        for name in [name for name in wanted if not self._drafter.holds(name)]:
+            del self._held[name]
         report = StageReport(
             self.stage,
             os.getpid(),
@@ -75,9 +90,7 @@ class DraftWorker:
 
     def end(self, verifier: str, session_id: str) -> None:
         """Free a session. Unknown ones are none of our business any more."""
-        name = _name(verifier, session_id)
-        if self._held.pop(name, None):
-            self._drafter.end(name)
+        self._end(_name(verifier, session_id))
 
     def idle_seconds(self, verifier: str, session_id: str) -> float | None:
         """Seconds since the session was last asked about; None where it is not held."""
@@ -87,29 +100,26 @@ class DraftWorker:
     def _follow(self, name: str, ask: DraftAsk) -> bool:
         """Bring the session to ``ask.commit``'s state. False where that takes a resync."""
         target, held = ask.commit.key, self._held.get(name)
-        try:
-            if ask.start is not None and (held is None or _newer(target, held.key)):
-                self._drafter.begin(name, ask.start.token_ids, ask.start.params, ask.start.prompt_len)
-                self._held[name] = _Held(target, self._clock())
-                return True
-            if held is None or held.key.epoch < target.epoch:
+        if ask.start is not None and (held is None or _newer(target, held.key)):
+            start = ask.start
+            if not self._drafter.begin(name, start.token_ids, start.params, start.prompt_len):
+                self._held.pop(name, None)
                 return False
-            held.last_used = self._clock()
-            if held.key.epoch > target.epoch or target.base <= held.key.base:
-                # An old message: what is held is newer, or it is what was asked for. A digest that differs at the
-                # same length means this worker followed another outcome.
-                return held.key.base != target.base or held.key.epoch != target.epoch or held.key == target
-            if ask.commit.base > held.key.base:
-                return False
-            self._drafter.commit(name, ask.commit.token_ids[held.key.base - ask.commit.base :])
-            held.key = target
-        except Overloaded:
+            self._held[name] = _Held(target, self._clock())
+            return True
+        if held is None or held.key.epoch < target.epoch:
             return False
-        except PacelineError as error:
-            log.warning("session %s is dropped by the drafter: %s", name, error)
+        held.last_used = self._clock()
+        if held.key.epoch > target.epoch or target.base <= held.key.base:
+            # An old message: what is held is newer, or it is what was asked for. A digest that differs at the same
+            # length means this worker followed another outcome.
+            return held.key.base != target.base or held.key.epoch != target.epoch or held.key == target
+        if ask.commit.base > held.key.base:
+            return False
+        if not self._drafter.commit(name, ask.commit.token_ids[held.key.base - ask.commit.base :]):
             self._held.pop(name, None)
-            self._drafter.end(name)
             return False
+        held.key = target
         return True
 
     def _hints(self, verifier: str, upstream: DraftReply | None, keys: dict[str, TreeKey]) -> dict[str, TokenTree]:
@@ -119,12 +129,21 @@ class DraftWorker:
             name = _name(verifier, session_id)
             if name in keys and tree.key == keys[name]:
                 try:
-                    tree.check(self._drafter.vocab_size or 2**31 - 1)
-                except PacelineError as error:
+                    tree.check(self._drafter.vocab_size)
+                except InvalidTree as error:
                     log.warning("upstream tree of %s is refused: %s", name, error)
                 else:
                     hints[name] = tree
         return hints
+
+    def _drop_idle(self) -> None:
+        now = self._clock()
+        for name in [name for name, held in self._held.items() if now - held.last_used > self._ttl_s]:
+            self._end(name)
+
+    def _end(self, name: str) -> None:
+        if self._held.pop(name, None):
+            self._drafter.end(name)
 
 
 def _name(verifier: str, session_id: str) -> str:

@@ -6,6 +6,7 @@ for drafts + the step itself); guessing nothing competes as an equal.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +17,14 @@ from cluster.core.token_tree import TokenTree
 
 SCORE_BINS = 10
 PRIOR_TRIALS = 8.0  # weight of "the drafter's own estimate is right" against what was observed
-PROBE_EVERY = 48  # rounds between two looks at the drafting mode not in use
+MAX_TRIALS = 400.0  # of one kind of node are remembered: a change of topic shows after some hundred rounds
+FADING = 0.9995  # of all evidence is left after a round: what is no longer tried is tried again, for under 1 % of the time
+PREFERENCE = 1.1  # another mode must be faster than the usual one by this factor
+MIN_ROUNDS = 6  # measured rounds before a mode's speed counts
+LOOK_GAP = 48  # rounds between two looks at modes not in use, at least
+LOOK_ROUNDS = 4  # how long a look is; its first round only brings the drafters up to date
+LOOK_COST = 0.01  # share of the time that looks may cost
+RECENT = 0.998  # what counts as "the time" fades by this much a round
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +59,12 @@ class Calibration:
         bins = _bins(_conditional(tree))
         np.add.at(self.trials, (tree.stages[tested], bins[tested]), 1.0)
         np.add.at(self.hits, (tree.stages[tested], bins[tested]), on_path[:-1][tested])
-        if self.trials.sum() > 20_000:  # forget slowly, so that a change of topic shows
-            self.trials *= 0.5
-            self.hits *= 0.5
+
+    def forget(self) -> None:
+        """A round is over. Evidence fades even without new: what is never tried could never recover otherwise."""
+        keep = FADING * np.minimum(1.0, MAX_TRIALS / np.maximum(self.trials, 1.0))
+        self.trials *= keep
+        self.hits *= keep
 
     def scores(self, tree: TokenTree) -> npt.NDArray[np.float64]:
         """(n,) calibrated path probabilities; never larger than the parent's."""
@@ -68,7 +79,7 @@ class Calibration:
 
 
 def choose_nodes(
-    scores: Sequence[npt.NDArray[np.float64]], curve: CostCurve, max_nodes: int, base_rows: int, wait_s: float = 0.0
+    scores: Sequence[npt.NDArray[np.float64]], curve: CostCurve, max_nodes: int, base_rows: int
 ) -> list[int]:
     """How many of each session's best nodes to verify: one heap over all sessions.
 
@@ -82,37 +93,68 @@ def choose_nodes(
     owner = np.repeat(np.arange(sessions), [len(part) for part in scores])
     order = np.argsort(-flat, kind="stable")[:max_nodes]
     gains = sessions + np.concatenate(([0.0], np.cumsum(flat[order])))
-    costs = wait_s + np.interp(base_rows + np.arange(len(order) + 1), curve.rows, curve.seconds)
+    costs = np.interp(base_rows + np.arange(len(order) + 1), curve.rows, curve.seconds)
     best = int(np.argmax(gains / costs))
     return [int(count) for count in np.bincount(owner[order[:best]], minlength=sessions)]
 
 
 @dataclass(slots=True)
 class ModeChooser:
-    """Local guesses or remote stages: whichever yielded more tokens per second, looked at again now and then."""
+    """Where guesses come from: whichever way decodes fastest, the others looked at again as long as that is cheap.
+
+    Speed is relative to plain decoding of as many sessions, so that modes compare although load changes.
+    """
 
     tokens: dict[str, float] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    rounds: int = 0
+    steps: dict[str, float] = field(default_factory=dict)
+    rounds: Counter[str] = field(default_factory=Counter)
+    last: str = ""
+    looking_at: str = ""
+    look_left: int = 0
+    rounds_since_look: int = 0
+    num_looks: int = 0
+    spent: float = 0.0
+    lost: float = 0.0
 
-    def observe(self, mode: str, tokens: int, seconds: float) -> None:
-        self.tokens[mode] = 0.95 * self.tokens.get(mode, 0.0) + tokens
-        self.seconds[mode] = 0.95 * self.seconds.get(mode, 0.0) + seconds
+    def observe(self, mode: str, tokens: float, steps: float) -> None:
+        """A round in ``mode`` yielded ``tokens`` per session and took as long as ``steps`` plain steps."""
+        fastest = max(self.steps, key=self.speed, default=mode)
+        self.spent = RECENT * self.spent + steps
+        self.lost *= RECENT
+        if mode != fastest and self.speed(fastest) > 0.0:
+            self.lost = max(0.0, self.lost + steps - tokens / self.speed(fastest))
+        switched, self.last = mode != self.last, mode
+        if not switched:
+            self.tokens[mode] = 0.95 * self.tokens.get(mode, 0.0) + tokens
+            self.rounds[mode] += 1
+            self.steps[mode] = 0.95 * self.steps.get(mode, 0.0) + steps
 
     def choose(self, modes: Sequence[str]) -> str:
-        """The best of ``modes`` (order breaks ties), or another that is due for a look."""
-        self.rounds += 1
-        unseen = [mode for mode in modes if mode not in self.seconds]
+        """The best of ``modes``, or another that is due for a look."""
+        best = self.best(modes)
+        others = [mode for mode in modes if mode != best]
+        if self.look_left and self.looking_at in modes:
+            self.look_left -= 1
+            return self.looking_at
+        self.rounds_since_look += 1
+        due = self.rounds_since_look >= LOOK_GAP and self.lost <= LOOK_COST * self.spent
+        if not others or not due:
+            return best
+        self.looking_at = others[self.num_looks % len(others)]
+        self.num_looks += 1
+        self.look_left, self.rounds_since_look = LOOK_ROUNDS - 1, 0
+        return self.looking_at
+
+    def best(self, modes: Sequence[str]) -> str:
+        """A mode hardly measured, else the fastest; the first one is the usual one, which others must clearly beat."""
+        unseen = [mode for mode in modes if self.rounds[mode] < MIN_ROUNDS]
         if unseen:
             return unseen[0]
-        best = max(modes, key=self.rate)
-        look = (self.rounds % PROBE_EVERY) // 2  # two rounds each: the first only fills the caches
-        others = [mode for mode in modes if mode != best]
-        return others[look] if look < len(others) else best
+        return max(modes, key=lambda mode: self.speed(mode) * (PREFERENCE if mode == modes[0] else 1.0))
 
-    def rate(self, mode: str) -> float:
-        """Tokens per second of late; 0 where the mode was never used."""
-        return self.tokens.get(mode, 0.0) / self.seconds[mode] if self.seconds.get(mode) else 0.0
+    def speed(self, mode: str) -> float:
+        """Tokens per session and plain step of late; 0 where the mode was never measured."""
+        return self.tokens.get(mode, 0.0) / self.steps[mode] if self.steps.get(mode) else 0.0
 
 
 def _conditional(tree: TokenTree) -> npt.NDArray[np.float64]:

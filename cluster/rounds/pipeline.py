@@ -7,10 +7,11 @@ transport's own thread and land in a mailbox. Which process answers is the trans
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,13 +25,13 @@ log = logging.getLogger(__name__)
 
 MISSES_TO_OPEN = 2  # a stage that misses this many deadlines in a row is left out ...
 PROBE_INTERVAL_S = 1.0  # ... and asked again this often, without anyone waiting for it
+START_INTERVAL_S = 1.0  # a stage is sent a session's start this often at most
 MAX_DEPTH = 32
-SYNC_PATIENCE_S = 5.0  # a worker that did not confirm a session's start by then is sent it again
 
 
 @dataclass(frozen=True, slots=True)
 class ChainAsk:
-    """One session's asks of a round, by stage in chain order: the last stage's tree is what comes back."""
+    """One session's asks of a round, by stage in chain order: each stage's answer is the next one's upstream."""
 
     session_id: str
     asks: Mapping[str, DraftAsk]
@@ -53,7 +54,8 @@ class DraftTransport(Protocol):
         deliver: Callable[[DraftReply], None],
         fail: Callable[[str, Sequence[str]], None],
     ) -> None:
-        """Send the asks, one call per worker; later call ``deliver(reply)`` or ``fail(stage, session_ids)``.
+        """Send the asks, one call per worker; later call ``deliver(reply)`` for each stage of a chain as it answers,
+        or ``fail(stage, session_ids)`` for the one that broke it.
 
         Callbacks may come from any thread. Silence is allowed too: the deadline covers it.
         """
@@ -70,10 +72,10 @@ class DraftTransport(Protocol):
 
 @dataclass(slots=True)
 class _StageHealth:
-    """Circuit breaker of one stage. Open after consecutive misses; a reply within a probe closes it."""
+    """Circuit breaker of one stage. Open after consecutive misses; a probe answered in time closes it."""
 
     misses_in_a_row: int = 0
-    last_probe: float = 0.0
+    last_probe: float = -math.inf
 
     @property
     def open(self) -> bool:
@@ -82,14 +84,33 @@ class _StageHealth:
 
 @dataclass(slots=True)
 class _Asked:
-    """What the pipeline knows of one session: lengths its workers acknowledged, and what it is waiting for."""
+    """What is known of one session: what each stage holds, what was asked, what came.
+
+    ``held``: length each stage's worker acknowledged. ``started``: when a stage was last sent the session's start.
+    ``chain``, ``heard``, ``trees``: stages of the ask under way, those that answered it, and with what.
+    """
 
     session: Session
     held: dict[str, int] = field(default_factory=dict)
-    syncing: dict[str, float] = field(default_factory=dict)  # stages that were sent the start, and when
+    started: dict[str, float] = field(default_factory=dict)
     waiting_for: TreeKey | None = None
     chain: tuple[str, ...] = ()
-    tree: TokenTree | None = None
+    heard: set[str] = field(default_factory=set)
+    trees: dict[str, TokenTree] = field(default_factory=dict)
+    failed: bool = False
+
+    @property
+    def waiting(self) -> bool:
+        return self.waiting_for is not None and not self.failed and self.chain[-1] not in self.heard
+
+    def clear(self) -> None:
+        self.waiting_for, self.chain, self.failed = None, (), False
+        self.heard, self.trees = set(), {}
+
+    def best_tree(self) -> TokenTree | None:
+        """The tree of the last stage that sent one, if it hangs on the session's present state."""
+        tree = next((self.trees[stage] for stage in reversed(self.chain) if stage in self.trees), None)
+        return tree if tree is not None and tree.key == self.session.key else None
 
 
 class Pipeline:
@@ -113,6 +134,7 @@ class Pipeline:
         self._max_nodes = max_nodes
         self._clock = clock
         self._health = {stage: _StageHealth() for stage in stages}
+        self._patience = math.inf  # the present deadline: how long a probe may take
         self._sessions: dict[str, _Asked] = {}
         self._arrived = threading.Condition()
 
@@ -132,88 +154,92 @@ class Pipeline:
     def num_sessions(self) -> int:
         return len(self._sessions)
 
-    def ask(self, wishes: Sequence[tuple[Session, Sequence[str], int]]) -> None:
+    def leases(self) -> dict[str, int]:
+        return self._transport.leases()
+
+    def reachable(self, session_ids: Iterable[str]) -> bool:
+        """Whether any of these sessions has a worker of a stage that is in use."""
+        used = [stage for stage, health in self._health.items() if not health.open]
+        return any(self._transport.ready(session_id, stage) for session_id in session_ids for stage in used)
+
+    def ask(self, wishes: Sequence[tuple[Session, Sequence[str], int]]) -> set[str]:
         """Ask for trees on the sessions' present state: (session, stages in chain order, max nodes). Returns at once.
 
-        A stage that does not hold a session yet is sent its start, and joins the chain once it has confirmed it: no
-        round waits for a drafter's prefill.
+        Returns the ids of sessions for which a tree is now under way. A stage that does not hold a session yet is sent
+        its start, and joins the chain once it has confirmed it: no round waits for a drafter's prefill.
         """
         chains: list[ChainAsk] = []
+        under_way: set[str] = set()
         with self._arrived:
-            probing = self._probes_due()
+            probe = self._due_probe()
             for session, stages, max_nodes in wishes:
                 known = self._sessions.get(session.id)
                 if known is None:
                     continue
-                known.tree, known.waiting_for = None, None
-                usable = [
-                    stage
-                    for stage in stages
-                    if self._transport.ready(session.id, stage) and (not self._health[stage].open or stage in probing)
-                ]
-                chains += [
-                    ChainAsk(session.id, {stage: self._start(known, stage)}) for stage in self._unsynced(known, usable)
-                ]
+                known.clear()
+                usable = [stage for stage in stages if self._usable(session.id, stage, probe)]
+                starts = [stage for stage in usable if self._needs_start(known, stage)]
+                chains += [ChainAsk(session.id, {stage: self._start(known, stage)}) for stage in starts]
                 chain = [stage for stage in usable if stage in known.held]
-                if chain and session.max_depth > 0:
+                if chain and max_nodes > 0 and session.max_depth > 0:
                     chains.append(ChainAsk(session.id, {stage: _ask(known, stage, max_nodes) for stage in chain}))
-                    known.chain = tuple(chain)
-                    if not probing.intersection(chain):
-                        known.waiting_for = session.key
+                    if probe not in chain:
+                        known.chain, known.waiting_for = tuple(chain), session.key
+                        under_way.add(session.id)
+            if probe is not None and any(probe in chain.asks for chain in chains):
+                self._health[probe].last_probe = self._clock()
         if chains:
             self._transport.draft(chains, self._deliver, self._failed)
-
-    def _unsynced(self, known: _Asked, stages: Sequence[str]) -> list[str]:
-        now = self._clock()
-        return [
-            stage
-            for stage in stages
-            if stage not in known.held and now - known.syncing.get(stage, -SYNC_PATIENCE_S) >= SYNC_PATIENCE_S
-        ]
-
-    def _start(self, known: _Asked, stage: str) -> DraftAsk:
-        session = known.session
-        known.syncing[stage] = self._clock()
-        start = SessionStart(tuple(session.tokens), session.prompt_len, session.params)
-        return DraftAsk(Commit(session.key, session.base, ()), 0, 0, start)
+        return under_way
 
     def collect(self, sessions: Sequence[Session], timeout_s: float) -> dict[str, TokenTree]:
         """Trees that hang on the sessions' present state; waits at most ``timeout_s`` for those still under way.
 
-        A stage whose tree did not come in time has missed its deadline; the round goes on without it.
+        Where a chain's last stage did not answer in time, an earlier one's tree is taken, and the first stage that did
+        not answer has missed its deadline.
         """
         deadline = self._clock() + timeout_s
         with self._arrived:
+            self._patience = timeout_s
             mine = [known for session in sessions if (known := self._sessions.get(session.id))]
-            while any(known.waiting_for and known.tree is None for known in mine):
+            while any(known.waiting for known in mine):
                 left = deadline - self._clock()
                 if left <= 0 or not self._arrived.wait(left):
                     break
-            missed = {known.chain[-1] for known in mine if known.waiting_for and known.tree is None}
-            answered = {known.chain[-1] for known in mine if known.waiting_for and known.tree is not None}
-            for stage in missed:
+            late = {next(stage for stage in k.chain if stage not in k.heard) for k in mine if k.waiting}
+            in_time = {stage for known in mine for stage in known.heard.intersection(known.chain)}
+            for stage in late:
                 self._missed(stage)
-            for stage in answered - missed:
+            for stage in in_time - late:
                 self._health[stage].misses_in_a_row = 0
-            trees = {}
+            trees = {known.session.id: tree for known in mine if (tree := known.best_tree()) is not None}
             for known in mine:
-                if known.tree is not None and known.tree.key == known.session.key:
-                    trees[known.session.id] = known.tree
-                known.tree, known.waiting_for = None, None
+                known.clear()
             return trees
 
-    def leases(self) -> dict[str, int]:
-        return self._transport.leases()
+    # --- what to send
 
-    def _probes_due(self) -> set[str]:
+    def _usable(self, session_id: str, stage: str, probe: str | None) -> bool:
+        health = self._health.get(stage)
+        return health is not None and (not health.open or stage == probe) and self._transport.ready(session_id, stage)
+
+    def _due_probe(self) -> str | None:
         """At most one stage at a time, so that a broken stage is never probed through another broken one."""
-        now = self._clock()
-        open_stages = [stage for stage, health in self._health.items() if health.open]
-        stage = min(open_stages, key=lambda name: self._health[name].last_probe, default=None)
-        if stage is None or now - max(self._health[name].last_probe for name in open_stages) < PROBE_INTERVAL_S:
-            return set()
-        self._health[stage].last_probe = now
-        return {stage}
+        broken = [stage for stage, health in self._health.items() if health.open]
+        if not broken or self._clock() - max(self._health[stage].last_probe for stage in broken) < PROBE_INTERVAL_S:
+            return None
+        return min(broken, key=lambda stage: self._health[stage].last_probe)
+
+    def _needs_start(self, known: _Asked, stage: str) -> bool:
+        return stage not in known.held and self._clock() - known.started.get(stage, -math.inf) >= START_INTERVAL_S
+
+    def _start(self, known: _Asked, stage: str) -> DraftAsk:
+        session = known.session
+        known.started[stage] = self._clock()
+        start = SessionStart(tuple(session.tokens), session.prompt_len, session.params)
+        return DraftAsk(Commit(session.key, session.base, ()), 0, 0, start)
+
+    # --- what comes back: any thread, any order, any number of times
 
     def _missed(self, stage: str) -> None:
         self.misses[stage] += 1
@@ -229,53 +255,47 @@ class Pipeline:
             self._missed(stage)
             for session_id in session_ids:
                 if known := self._sessions.get(session_id):
-                    known.waiting_for = None
-                    known.syncing.pop(stage, None)
+                    known.failed = stage in known.chain
             self._arrived.notify_all()
 
     def _deliver(self, reply: DraftReply) -> None:
-        """A reply arrived (any thread, any order, any number of times)."""
+        """One stage's answer: the last of ``reply.reports`` is its own."""
+        if not reply.reports or reply.reports[-1].stage not in self._health:
+            return
+        report = reply.reports[-1]
         with self._arrived:
-            for report in reply.reports:
-                self.worker_pids[report.stage] = report.pid
-                if report.stage in self._health and self._health[report.stage].open and not report.resync:
-                    log.info("stage %s answered a probe: it is asked again", report.stage)
-                    self._health[report.stage].misses_in_a_row = 0
-                for session_id, length in report.held.items():
-                    if known := self._sessions.get(session_id):
-                        known.held[report.stage] = max(length, known.held.get(report.stage, 0))
-                        known.syncing.pop(report.stage, None)
-                for session_id in report.resync:
-                    if known := self._sessions.get(session_id):
-                        known.held.pop(report.stage, None)
-                        known.syncing.pop(report.stage, None)
-                        self._give_up(known)
-            for session_id, tree in reply.trees.items():
-                self._receive(session_id, tree)
-            for session_id in reply.reports[-1].held if reply.reports else ():
-                # Answered without a tree: no reason to go on waiting.
+            self.worker_pids[report.stage] = report.pid
+            health = self._health[report.stage]
+            if health.open and not report.resync and self._clock() - health.last_probe <= self._patience:
+                log.info("stage %s answered a probe: it is asked again", report.stage)
+                health.misses_in_a_row = 0
+            for session_id, length in report.held.items():
                 known = self._sessions.get(session_id)
-                if known and known.waiting_for and session_id not in reply.trees:
-                    self._give_up(known, reply.reports[-1].held[session_id])
+                if known and length <= known.session.base:  # more than was ever sent is rubbish
+                    known.held[report.stage] = max(length, known.held.get(report.stage, 0))
+                    if known.waiting_for and known.waiting_for.base == length and session_id not in reply.trees:
+                        known.heard.add(report.stage)
+            for session_id in report.resync:
+                if known := self._sessions.get(session_id):
+                    known.held.pop(report.stage, None)
+                    known.heard.add(report.stage)
+            for session_id, tree in reply.trees.items():
+                self._receive(session_id, report.stage, tree)
             self._arrived.notify_all()
 
-    def _give_up(self, known: _Asked, length: int | None = None) -> None:
-        if known.waiting_for and (length is None or length == known.waiting_for.base):
-            known.waiting_for = None
-
-    def _receive(self, session_id: str, tree: TokenTree) -> None:
+    def _receive(self, session_id: str, stage: str, tree: TokenTree) -> None:
         known = self._sessions.get(session_id)
         if known is None or tree.key is None or known.waiting_for != tree.key:
             self.late += 1
             return
+        known.heard.add(stage)
         try:
             tree.check(self._vocab_size, self._max_nodes)
         except InvalidTree as error:
             self.refused += 1
-            known.waiting_for = None
             log.warning("a tree for session %s is refused: %s", session_id, error)
         else:
-            known.tree = tree
+            known.trees[stage] = tree
 
 
 def _ask(known: _Asked, stage: str, max_nodes: int) -> DraftAsk:

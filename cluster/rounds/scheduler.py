@@ -12,20 +12,24 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from cluster.core.accept import Accepted
 from cluster.core.config import EngineConfig
-from cluster.core.errors import EngineFailed, InvalidTree, Overloaded, PacelineError
+from cluster.core.errors import EngineFailed, Overloaded, PacelineError
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import Commit, FinishReason, Origin, StreamItem
 from cluster.engine.verifier import Prefill, StepTimes, Verifier, Verify
 from cluster.rounds.governor import Calibration, CostCurve, ModeChooser, choose_nodes
+from cluster.rounds.guard import GuardedDrafter
 from cluster.rounds.pipeline import Pipeline
 from cluster.rounds.session import Phase, Session
 from drafters.base import Ask, Drafter
 
 log = logging.getLogger(__name__)
 
-LOCAL, REMOTE = "local", "remote"
+PLAIN, LOCAL, REMOTE, MIXED = "plain", "local", "remote", "mixed"
+"""Where a round's guesses come from, as ``ModeChooser`` sees it; mixed rounds are measured for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +68,11 @@ class Scheduler:
         self._config = config
         self._verifier = verifier
         self._curve = curve
-        self._local = local
+        self._local = None if local is None else GuardedDrafter(local, verifier.rank.config.vocab_size)
         self._pipeline = pipeline
         self._calibration = Calibration()
         self._modes = ModeChooser()
-        self._mode = LOCAL
+        self._mode = LOCAL if local is not None else PLAIN
         self._waiting: deque[Session] = deque()
         self._running: list[Session] = []
         self._prefilled: dict[str, int] = {}
@@ -79,13 +83,17 @@ class Scheduler:
     # --- sessions come and go
 
     def submit(self, session: Session) -> Outcome | None:
-        """Queue a session. Raises ``Overloaded`` where too many wait; an outcome where it is over before it began."""
+        """Queue a session. Raises ``Overloaded`` where too many wait; an outcome where it is over before it began.
+
+        A replay was admitted before: it is not refused, and waits for other replays only.
+        """
         if session.finish_reason is not None:
+            session.phase = Phase.FINISHED
             return Outcome(session, session.closing_item())
-        if len(self._waiting) >= self._config.max_waiting + self._verifier.rank.kv.num_free:
-            raise Overloaded(f"{len(self._waiting)} requests wait already, at most {self._config.max_waiting}")
         if session.request.epoch > 0:
-            self._waiting.appendleft(session)  # a replay was admitted before: it does not queue twice
+            self._waiting.insert(sum(other.request.epoch > 0 for other in self._waiting), session)
+        elif len(self._waiting) >= self._config.max_waiting + self._verifier.rank.kv.num_free:
+            raise Overloaded(f"{len(self._waiting)} requests wait already, at most {self._config.max_waiting}")
         else:
             self._waiting.append(session)
         return None
@@ -120,7 +128,7 @@ class Scheduler:
             return []
         start, mode = time.perf_counter(), self._mode
         decoding = [session for session in self._running if session.phase is Phase.DECODE]
-        trees = self._draft(decoding)
+        trees = self._budget(self._draft(decoding))
         drafted = time.perf_counter()
         verifies = [
             Verify(s.slot, s.tokens[-1], tree, s.params, s.history, s.base, s.stop_ids)
@@ -141,58 +149,59 @@ class Scheduler:
             self._running.append(session)
             self._prefilled[session.id] = 0
             session.phase = Phase.PREFILL if session.base > 1 else Phase.DECODE
-            if self._local is not None and _speculates(session):
+            if self._cap(session) == 0:
+                continue
+            if self._local is not None:
                 self._local.begin(session.id, session.tokens, session.params, session.prompt_len)
-            if self._pipeline is not None and _speculates(session):
+            if self._pipeline is not None:
                 self._pipeline.open(session, session.request.speculation.stages or self._pipeline.stages)
 
     def _draft(self, decoding: Sequence[Session]) -> list[TokenTree]:
-        """One tree per session: the remote stages' where it came in time, else a local guess, sized by the governor."""
-        if not decoding:
-            return []
+        """One tree per session, within its own limits: the remote stages' where it came in time, else a local guess."""
         found: dict[str, TokenTree] = {}
-        if self._pipeline is not None:
+        if self._pipeline is not None and decoding:
             found = self._pipeline.collect(decoding, self._deadline(len(decoding)))
         caps = {session.id: self._cap(session) for session in decoding}
         asks = [
-            Ask(session.id, cap, session.max_depth)
+            Ask(session.id, caps[session.id], session.max_depth)
             for session in decoding
-            if session.id not in found
-            and (cap := caps[session.id]) > 0
-            and session.request.speculation.stages in (None, ("small",))
+            if session.id not in found and caps[session.id] > 0 and self._asks_local(session)
         ]
         if self._local is not None and asks:
-            found |= self._checked(self._local.propose(asks, {}))
-        trees = [
+            found |= self._local.propose(asks, {})
+        return [
             found[session.id].prune(caps[session.id], session.max_depth) if session.id in found else TokenTree.empty()
             for session in decoding
         ]
-        return self._budget(trees)
 
-    def _checked(self, trees: dict[str, TokenTree]) -> dict[str, TokenTree]:
-        """A drafter's trees without those that break the invariants: a broken drafter costs time, not correctness."""
-        sound = {}
-        for session_id, tree in trees.items():
-            try:
-                tree.check(self._verifier.rank.config.vocab_size)
-            except InvalidTree as error:
-                log.warning("the local drafter's tree for %s is refused: %s", session_id, error)
-            else:
-                sound[session_id] = tree
-        return sound
+    def _asks_local(self, session: Session) -> bool:
+        """Whether the local drafter may guess: it is of a stage the client named, or the engine chooses and it pays."""
+        if self._local is None:
+            return False
+        stages = session.request.speculation.stages
+        return self._mode != PLAIN if stages is None else self._local.stage.name.lower() in stages
 
     def _budget(self, trees: list[TokenTree]) -> list[TokenTree]:
-        """Prune to what pays (governor ``auto``) and to what fits into a step."""
-        room = max(0, self._config.max_rows - len(trees))
+        """Prune to what pays (governor ``auto``) and to what fits into a step beside the prompts under way."""
+        if not trees:
+            return []
+        room = max(0, self._config.max_rows - len(trees) - self._prefill_share())
         if self._config.governor == "always":
             share = room // len(trees)
             return [tree.prune(share) for tree in trees]
         scores = [self._calibration.scores(tree) for tree in trees]
         counts = choose_nodes(scores, self._curve, room, len(trees))
+        # The best nodes by calibrated score; scores never grow along a path, so parents come along. The trees keep the
+        # drafters' own scores: these are what the calibration is about.
         return [
-            TokenTree(tree.tokens, tree.parents, path.astype("float32"), tree.stages, tree.key).prune(count)
+            tree.take(np.sort(np.argsort(-path, kind="stable")[:count]))
             for tree, path, count in zip(trees, scores, counts)
         ]
+
+    def _prefill_share(self) -> int:
+        """Rows that guesses must leave to prompts: otherwise sessions with large trees would hold a new one up."""
+        left = sum(s.base - 1 - self._prefilled[s.id] for s in self._running if s.phase is Phase.PREFILL)
+        return min(left, self._config.prefill_chunk, self._config.max_rows // 2)
 
     def _cap(self, session: Session) -> int:
         wish = session.request.speculation
@@ -237,27 +246,48 @@ class Scheduler:
                 continue
             self._calibration.observe(tree, block.nodes)
             origins = [Origin(int(tree.stages[node])) for node in block.nodes] + [Origin.TARGET]
-            item, commit = session.advance(block.tokens, origins, len(tree))
+            try:
+                item, commit = session.advance(block.tokens, origins, len(tree))
+            except Exception as error:  # its text: the other sessions' tokens are computed already
+                log.exception("session %s cannot go on", session.id)
+                self._release(session)
+                outcomes.append(Outcome(session, error=EngineFailed(f"{type(error).__name__} in the session's text")))
+                continue
             outcomes.append(Outcome(session, item))
             if session.finish_reason is not None:
                 self._release(session)
-            elif _speculates(session):
+            else:
                 commits.append((session, commit))
+        if decoding:
+            self._calibration.forget()
         return outcomes, commits
 
     def _ask_drafters(self, commits: Sequence[tuple[Session, Commit]]) -> None:
+        """Tell the local drafter what was committed, and ask the remote stages where the next round shall use them."""
         if self._local is not None:
             for session, commit in commits:
                 self._local.commit(session.id, commit.token_ids)
-        if self._pipeline is None:
-            return
-        modes = [LOCAL, REMOTE] if self._local is not None else [REMOTE]
-        self._mode = REMOTE if self._config.governor == "always" else self._modes.choose(modes)
-        default = self._pipeline.stages if self._mode == REMOTE else ()
-        wishes = [
-            (session, session.request.speculation.stages or default, self._cap(session)) for session, _ in commits
-        ]
-        self._pipeline.ask([wish for wish in wishes if wish[1] and wish[2] > 0])
+        usual = [LOCAL, PLAIN] if self._local is not None else [PLAIN]
+        free = {session.id for session, _ in commits if _engine_chooses(session) and self._cap(session) > 0}
+        if self._config.governor == "always":
+            mode = REMOTE if self._pipeline is not None else usual[0]
+        elif free:
+            reachable = self._pipeline is not None and self._pipeline.reachable(free)
+            mode = self._modes.choose([*usual, REMOTE] if reachable else usual)
+        else:
+            mode = self._mode
+        if self._pipeline is not None:
+            default = self._pipeline.stages if mode == REMOTE else ()
+            under_way = self._pipeline.ask(
+                [(s, s.request.speculation.stages or default, cap) for s, _ in commits if (cap := self._cap(s)) > 0]
+            )
+            if mode == REMOTE and not free <= under_way:
+                # Stages that are not ready yet are not measured, neither as fast nor as slow.
+                mode = MIXED if free & under_way else self._fallback(usual)
+        self._mode = mode
+
+    def _fallback(self, usual: Sequence[str]) -> str:
+        return usual[0] if self._config.governor == "always" else self._modes.best(usual)
 
     def _release(self, session: Session) -> None:
         """Give back everything the session holds. The one way out of ``_running``."""
@@ -286,13 +316,15 @@ class Scheduler:
         times.accept += spent.accept
         times.other += total - (drafted - start) - spent.forward - spent.accept
         times.steps += 1
-        chosen_freely = all(outcome.session.request.speculation.stages is None for outcome in outcomes)
-        if outcomes and chosen_freely and not prefilling:
-            tokens = sum(len(outcome.item.token_ids) for outcome in outcomes if outcome.item)
-            self._modes.observe(mode, tokens, total)
-        rates = ", ".join(f"{name} {self._modes.rate(name):.0f} tokens/s" for name in self._modes.seconds)
-        self.last_choice = f"{mode} drafting for {len(outcomes)} sessions ({rates})"
+        decoded = [outcome for outcome in outcomes if outcome.item is not None]
+        if decoded and not prefilling and all(_engine_chooses(outcome.session) for outcome in decoded):
+            tokens = sum(len(outcome.item.token_ids) for outcome in decoded if outcome.item)
+            if mode != MIXED:
+                self._modes.observe(mode, tokens / len(decoded), total / self._curve.at(len(decoded)))
+        speeds = ", ".join(f"{name} {self._modes.speed(name):.2f}" for name in self._modes.steps)
+        self.last_choice = f"{mode} drafting for {len(outcomes)} sessions (tokens per plain step: {speeds})"
 
 
-def _speculates(session: Session) -> bool:
-    return session.request.speculation.enabled
+def _engine_chooses(session: Session) -> bool:
+    """Whether where guesses come from is left to the engine."""
+    return session.request.speculation.enabled and session.request.speculation.stages is None

@@ -7,6 +7,7 @@ nothing of models, drafters or threads. ``docs/round.md`` tells the whole life o
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from cluster.core.types import (
 )
 from cluster.core.warp import History
 from cluster.rounds.detokenize import TextStream
+
+_LIVES = itertools.count(1)
 
 
 class Phase(enum.Enum):
@@ -42,10 +45,15 @@ class Limits:
 
 
 class Session:
-    """State of one generation. ``tokens`` is prompt + resumed + emitted; its length is the session's *base*."""
+    """State of one generation. ``tokens`` is prompt + resumed + emitted; its length is the session's *base*.
+
+    ``id`` is the request's id and a number of its own: clients may use a request id again at once, and what drafters,
+    leases and late replies still hold of the earlier session must not be taken for the new one's.
+    """
 
     def __init__(self, request: GenerateRequest, limits: Limits, text: TextStream) -> None:
         self.request = request
+        self.id = f"{request.request_id}#{next(_LIVES)}"
         self.params = request.params
         self.prompt_len = len(request.prompt_token_ids)
         self.tokens = list(request.prompt_token_ids)
@@ -66,10 +74,6 @@ class Session:
             if self.finish_reason is None:
                 self._append(token)
         self._text.take()
-
-    @property
-    def id(self) -> str:
-        return self.request.request_id
 
     @property
     def base(self) -> int:
@@ -121,7 +125,7 @@ class Session:
 
     def _item(self, emitted: tuple[int, ...], origins: tuple[Origin, ...]) -> StreamItem:
         item = StreamItem(
-            request_id=self.id,
+            request_id=self.request.request_id,
             token_ids=emitted,
             origins=origins,
             position=self.num_output - len(emitted),

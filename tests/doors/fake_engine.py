@@ -10,7 +10,9 @@ import asyncio
 import enum
 import os
 import signal
+import time
 from collections.abc import AsyncGenerator
+from pathlib import Path
 
 from cluster.core.config import ServiceConfig
 from cluster.core.errors import Aborted, EngineFailed, EngineUnavailable, InvalidArgument, Overloaded
@@ -148,5 +150,11 @@ class FakeEngine:
             aborted.set()
 
 
+SLOW_START = "slow_start"  # a file of this name in the model's folder makes an engine take its time to load
+SLOW_START_S = 5.0
+
+
 def build_engine(config: ServiceConfig) -> FakeEngine:
+    if Path(config.model.source, SLOW_START).exists():
+        time.sleep(SLOW_START_S)
     return FakeEngine(config)

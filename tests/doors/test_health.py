@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import grpc
 import httpx
 import pytest
 from doors.conftest import Doors
+from doors.fake_engine import SLOW_START
 from grpc_health.v1 import health_pb2
 
 from cluster.core.config import ServiceConfig
@@ -88,11 +90,14 @@ def test_grpc_says_not_serving_and_unavailable_before_a_target_serves(service: S
 
 
 @pytest.mark.cluster
-def test_a_watcher_sees_a_target_die_and_come_back(doors: Doors) -> None:
+def test_a_watcher_sees_a_target_die_and_come_back(doors: Doors, tokenizer_folder: Path) -> None:
+    slow_start = tokenizer_folder / SLOW_START  # else the target may be back before anyone has looked
+    slow_start.touch()
     watch = doors.health.Watch(health_pb2.HealthCheckRequest(), timeout=120)
     assert next(watch).status == SERVING
     os.kill(doors.stub.GetLoad(pb.GetLoadRequest()).replicas[0].worker_pids["target"], signal.SIGKILL)
     assert next(watch).status == NOT_SERVING
+    slow_start.unlink()
     assert next(watch).status == SERVING
     watch.cancel()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -53,12 +54,62 @@ def test_calibration_learns_that_confident_guesses_fail() -> None:
     assert calibration.scores(tree)[0] > 0.8
 
 
-def test_the_faster_mode_is_used_and_the_other_looked_at_again() -> None:
-    chooser = ModeChooser()
+def test_guesses_that_stopped_paying_are_tried_again_but_rarely() -> None:
+    calibration = Calibration()
+    tree = TokenTree.chain([1], stage=1)
+    tried: list[int] = []
+    for at in range(4000):
+        count = choose_nodes([calibration.scores(tree)], CURVE, 8, 1)[0]
+        calibration.observe(tree.prune(count), [])
+        calibration.forget()
+        if count:
+            tried.append(at)
+    late = [at for at in tried if at >= 2000]
+    assert 3 <= len(late) <= 400
+    for _ in range(200):
+        nodes = list(range(choose_nodes([calibration.scores(tree)], CURVE, 8, 1)[0]))
+        calibration.observe(tree.prune(len(nodes)), nodes)
+        calibration.forget()
+    assert choose_nodes([calibration.scores(tree)], CURVE, 8, 1) == [1]
+
+
+def run(
+    chooser: ModeChooser, rounds: int, steps: dict[str, float], modes: Sequence[str] = ("local", "remote")
+) -> list[str]:
+    """The modes of so many rounds, each of which yields two tokens and takes ``steps[mode]``."""
     used = []
-    for _ in range(400):
-        mode = chooser.choose(["local", "remote"])
-        used.append(mode)
-        chooser.observe(mode, 2, 0.01 if mode == "local" else 0.03)
+    for _ in range(rounds):
+        used.append(chooser.choose(modes))
+        chooser.observe(used[-1], 2.0, steps[used[-1]])
+    return used
+
+
+def test_the_faster_mode_is_used_and_the_other_looked_at_again_at_little_cost() -> None:
+    chooser = ModeChooser()
+    run(chooser, 1000, {"local": 1.0, "remote": 5.0})
+    used = run(chooser, 5000, {"local": 1.0, "remote": 5.0})
+    looks = used.count("remote")
+    assert looks >= 4
+    assert looks * 4.0 < 0.03 * 5000
+
+
+def test_a_mode_that_became_faster_is_found() -> None:
+    chooser = ModeChooser()
+    run(chooser, 2000, {"local": 1.0, "remote": 3.0})
+    used = run(chooser, 2000, {"local": 1.0, "remote": 0.5})
+    assert used[-500:].count("remote") > 400
+
+
+def test_a_mode_that_is_hardly_better_is_not_worth_a_change() -> None:
+    chooser = ModeChooser()
+    used = run(chooser, 500, {"local": 1.0, "remote": 0.97})
     assert used.count("local") > 300
-    assert used[200:].count("remote") >= 4
+
+
+def test_the_round_after_a_change_is_not_measured() -> None:
+    chooser = ModeChooser()
+    chooser.observe("local", 2.0, 1.0)
+    chooser.observe("local", 2.0, 1.0)
+    chooser.observe("remote", 1.0, 50.0)  # the drafters catch up
+    chooser.observe("remote", 2.0, 0.5)
+    assert chooser.speed("remote") == pytest.approx(4.0)

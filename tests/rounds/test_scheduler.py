@@ -1,0 +1,168 @@
+"""Who gets which rows of a step, and what the governor makes of the drafters it has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from fakes import InProcessTransport, ScriptedDrafter, always_wrong, oracle
+from tiny import VOCAB, save_tiny_llama
+
+from cluster.core.accept import Accepted
+from cluster.core.config import EngineConfig
+from cluster.core.errors import ConfigError, EngineFailed
+from cluster.core.token_tree import TokenTree
+from cluster.core.types import GenerateRequest, Origin, SamplingParams, Speculation
+from cluster.engine.rank import Rank, build_rank
+from cluster.engine.verifier import Prefill, StepTimes, Verifier, Verify
+from cluster.rounds.detokenize import TextStream
+from cluster.rounds.draft_worker import DraftWorker
+from cluster.rounds.governor import CostCurve
+from cluster.rounds.pipeline import Pipeline
+from cluster.rounds.scheduler import LOCAL, PLAIN, REMOTE, Scheduler
+from cluster.rounds.session import Limits, Session
+from drafters.base import Drafter
+
+LENGTH = 256
+STEEP = CostCurve((1, 64), (1.0, 10.0))  # a node must be likely to pay
+FLAT = CostCurve((1, 64), (1.0, 1.0))
+
+
+class NoText:
+    def step(self, token: int) -> str:
+        return ""
+
+
+class CountingVerifier(Verifier):
+    """Notes the rows of every step: (prefill rows, tree rows)."""
+
+    def __init__(self, rank: Rank) -> None:
+        super().__init__(rank)
+        self.rows: list[tuple[int, int]] = []
+
+    def step(
+        self, prefills: Sequence[Prefill], verifies: Sequence[Verify]
+    ) -> tuple[list[Accepted | EngineFailed], StepTimes]:
+        self.rows.append((sum(len(chunk.token_ids) for chunk in prefills), sum(len(v.tree) + 1 for v in verifies)))
+        return super().step(prefills, verifies)
+
+
+class Rig:
+    def __init__(
+        self,
+        rank: Rank,
+        local: Drafter | None = None,
+        pipeline: Pipeline | None = None,
+        curve: CostCurve = FLAT,
+        **changes: object,
+    ) -> None:
+        settings = {"max_model_len": LENGTH, "kv_slots": 8, "max_waiting": 99, "max_nodes": 16, "governor": "always"}
+        self.config = EngineConfig.model_validate(settings | changes)
+        self.verifier = CountingVerifier(rank)
+        self.scheduler = Scheduler(self.config, self.verifier, curve, local, pipeline)
+
+    def submit(self, prompt: Sequence[int], tokens: int = 20, **wish: object) -> Session:
+        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+        request = GenerateRequest("r", tuple(prompt), params, speculation=Speculation(**wish))  # type: ignore[arg-type]
+        session = Session(request, Limits(LENGTH, frozenset()), TextStream(NoText()))
+        self.scheduler.submit(session)
+        return session
+
+    def run(self) -> None:
+        while not self.scheduler.idle:
+            self.scheduler.step()
+
+
+@pytest.fixture(scope="module")
+def rank(tmp_path_factory: pytest.TempPathFactory) -> Rank:
+    folder = save_tiny_llama(tmp_path_factory.mktemp("target"), layers=1)
+    return build_rank(folder, "float64", num_slots=8, capacity=LENGTH, scratch=64, threads=1)
+
+
+@pytest.mark.parametrize("governor", ["always", "auto"])
+@pytest.mark.parametrize("max_rows", [8, 12, 40])
+def test_no_step_has_more_rows_than_allowed_and_every_step_brings_every_decoding_session_on(
+    rank: Rank, max_rows: int, governor: str
+) -> None:
+    rig = Rig(rank, ScriptedDrafter(always_wrong(VOCAB)), max_rows=max_rows, governor=governor, prefill_chunk=16)
+    sessions = [rig.submit(range(2, 2 + length)) for length in (1, 100, 5, 60, 1, 30, 2, 90, 40, 1)]
+    while not rig.scheduler.idle:
+        before = {s.id: s.num_output for s in sessions if s.phase.value == "decode"}
+        rig.scheduler.step()
+        assert all(s.num_output > before[s.id] for s in sessions if s.id in before)
+    assert max(prefill + tree for prefill, tree in rig.verifier.rows) <= max_rows
+    assert all(session.num_output == 20 for session in sessions)
+
+
+def test_a_prompt_is_read_at_a_fair_pace_beside_sessions_with_large_trees(rank: Rank) -> None:
+    rig = Rig(rank, ScriptedDrafter(always_wrong(VOCAB)), max_rows=32, prefill_chunk=16)
+    for _ in range(4):
+        rig.submit([3], tokens=60)
+    rig.scheduler.step()
+    assert rig.verifier.rows[-1] == (0, 32)
+    rig.submit(range(2, 163))
+    for _ in range(10):
+        rig.scheduler.step()
+    assert [prefill for prefill, _ in rig.verifier.rows[1:]] == [16] * 10
+    rig.scheduler.step()
+    assert rig.verifier.rows[-1][0] == 0
+    rig.run()
+
+
+def test_more_slots_than_rows_are_refused() -> None:
+    with pytest.raises((ConfigError, ValueError), match="kv_slots"):
+        EngineConfig(kv_slots=65, max_rows=64)
+
+
+def test_a_drafter_that_is_always_sure_and_always_wrong_is_found_out(rank: Rank) -> None:
+    rig = Rig(rank, ScriptedDrafter(always_wrong(VOCAB)), curve=STEEP, governor="auto")
+    early = rig.submit([3], tokens=100)
+    rig.run()
+    late = rig.submit([3], tokens=200)
+    rig.run()
+    assert early.stats.drafted > 0
+    assert late.stats.drafted / late.stats.rounds < 0.3
+
+
+def test_a_drafter_that_is_always_right_is_used(rank: Rank) -> None:
+    rig = Rig(rank)
+    session = rig.submit([3], tokens=150)
+    rig.run()
+    truth = {(3,): session.tokens[1:]}
+    rig = Rig(rank, ScriptedDrafter(oracle(truth)), curve=CostCurve((1, 64), (1.0, 2.0)), governor="auto")
+    session = rig.submit([3], tokens=150)
+    rig.run()
+    assert session.stats.mean_accepted_length > 3
+
+
+def test_stages_without_a_worker_are_not_measured(rank: Rank) -> None:
+    transport = InProcessTransport({})
+    pipeline = Pipeline(transport, ("small",), VOCAB, 16)
+    rig = Rig(rank, ScriptedDrafter(always_wrong(VOCAB)), pipeline, governor="auto")
+    rig.submit([3], tokens=200)
+    rig.run()
+    assert set(rig.scheduler._modes.steps) == {LOCAL, PLAIN}
+
+
+def test_remote_stages_are_measured_once_they_hold_the_session(rank: Rank) -> None:
+    workers = {"small": DraftWorker("small", ScriptedDrafter(always_wrong(VOCAB)))}
+    transport = InProcessTransport(workers)
+    rig = Rig(rank, None, Pipeline(transport, ("small",), VOCAB, 16), governor="auto", draft_deadline_min_ms=100)
+    rig.submit([3], tokens=200)
+    rig.run()
+    assert set(rig.scheduler._modes.steps) == {PLAIN, REMOTE}
+    transport.join()
+
+
+@pytest.mark.parametrize(
+    ("wish", "guesses"),
+    [({"stages": ("medium",)}, True), ({"stages": ("small",)}, False), ({"max_nodes": 0}, False), ({}, True)],
+)
+def test_a_local_drafter_serves_the_stage_it_is_of(rank: Rank, wish: dict[str, object], guesses: bool) -> None:
+    def next_token(tokens: list[int], ask: object) -> TokenTree:
+        return TokenTree.chain([tokens[-1]], stage=Origin.MEDIUM)
+
+    rig = Rig(rank, ScriptedDrafter(next_token, Origin.MEDIUM))
+    session = rig.submit([3], **wish)
+    rig.run()
+    assert (session.stats.drafted > 0) == guesses
