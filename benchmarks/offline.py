@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.provenance import provenance
 from cluster.assemble import Target, build_scheduler, load_target
-from cluster.core.config import EngineConfig, ModelConfig, StageConfig
+from cluster.core.config import EngineConfig, ModelConfig, StageConfig, parse_config
 from cluster.core.errors import PacelineError
 from cluster.core.types import GenerateRequest, SamplingParams, Speculation
 from cluster.rounds.scheduler import Scheduler
@@ -61,15 +61,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
-    return EngineConfig(
-        max_model_len=args.max_model_len,
-        kv_slots=args.concurrency,
-        max_waiting=1_000_000,
-        max_nodes=args.max_nodes,
-        max_rows=args.max_rows,
-        prefill_chunk=args.prefill_chunk,
-        governor=args.governor,
-    )
+    fields = ("max_model_len", "max_nodes", "max_rows", "prefill_chunk", "governor")
+    given = {name: getattr(args, name) for name in fields}
+    return parse_config(EngineConfig, given | {"kv_slots": args.concurrency, "max_waiting": 1_000_000})
 
 
 def model_config(args: argparse.Namespace) -> ModelConfig:

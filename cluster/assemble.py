@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.core.config import EngineConfig, ModelConfig, ServiceConfig, StageConfig
-from cluster.core.types import GenerateRequest, ModelInfo, tokenizer_hash
+from cluster.core.types import STAGE_NAMES, GenerateRequest, ModelInfo, tokenizer_hash
 from cluster.engine.rank import Rank, build_rank
 from cluster.engine.step_cost import measure_steps
 from cluster.engine.verifier import Verifier
@@ -100,12 +100,14 @@ def build_engine(
     report: Callable[[str], None] = log.info,
 ) -> TreeEngine:
     """A running engine. ``connect`` makes the transport to the remote stages once the target's facts are known."""
-    target = load_target(config.model, config.engine, config.remote_stages or ("small",), report)
+    local = config.local_drafter
+    stages = [name for name in STAGE_NAMES if name in config.remote_stages or (local and local.name == name)]
+    target = load_target(config.model, config.engine, stages, report)
     pipeline, transport = None, None
     if connect is not None and config.remote_stages:
         transport = connect(target.info)
         pipeline = Pipeline(transport, config.remote_stages, target.info.vocab_size, config.engine.max_nodes)
-    scheduler = build_scheduler(target, config.engine, config.local_drafter, pipeline)
+    scheduler = build_scheduler(target, config.engine, local, pipeline)
     return TreeEngine(
         scheduler,
         target.rank.kv,

@@ -1,6 +1,6 @@
 """Plain classes get their Ray shells here: draft workers become actors, an engine finds its drafters by lease.
 
-The only module with ``ray.remote``.
+The only module with ``ray.remote``. Heavy imports stand inside: a Draft replica and an SSSD worker never run a model.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import os
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
-from cluster.assemble import build_engine
 from cluster.core.config import DraftersConfig, ServiceConfig, StageConfig
 from cluster.core.errors import EngineFailed
 from cluster.core.types import tokenizer_hash
-from cluster.engine.weights import load_tokenizer, read_config, resolve_model
 from cluster.leases import RayDraftTransport
 from cluster.rounds.draft_worker import DraftWorker
 from cluster.rounds.messages import PROTOCOL_VERSION, DraftAsk, DraftReply, WorkerFacts
-from cluster.tree_engine import TreeEngine
 from drafters import TargetFacts, create
+
+if TYPE_CHECKING:
+    from cluster.tree_engine import TreeEngine
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,8 @@ class DraftActor:
     """A draft worker as an async actor with one compute thread: a call that waits never holds another up."""
 
     def __init__(self, stage: StageConfig, config: DraftersConfig) -> None:
+        from cluster.engine.weights import load_tokenizer, read_config, resolve_model
+
         folder = resolve_model(config.target_model.source, log.info)
         facts = TargetFacts(read_config(folder).vocab_size, config.max_model_len, folder, config.target_model.dtype)
         self._worker = DraftWorker(stage.name, create(stage, target=facts), stage.lease_ttl_s)
@@ -114,6 +116,8 @@ def start_draft_worker(stage: StageConfig, config: DraftersConfig) -> tuple[Any,
 
 def launch_engine(config: ServiceConfig) -> TreeEngine:
     """The engine of a Target replica, drafting through leases on the application ``config.drafters_app``."""
+    from cluster.assemble import build_engine
+
     verifier = uuid.uuid4().hex[:12]  # a restarted replica is another verifier: it shares no session with its past
     return build_engine(
         config,

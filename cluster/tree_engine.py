@@ -17,7 +17,14 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from cluster.core.errors import Aborted, EngineFailed, EngineUnavailable, InvalidArgument, PacelineError
+from cluster.core.errors import (
+    Aborted,
+    DeadlineExceeded,
+    EngineFailed,
+    EngineUnavailable,
+    InvalidArgument,
+    PacelineError,
+)
 from cluster.core.types import GenerateRequest, Health, Load, ModelInfo, StreamItem
 from cluster.engine.kv_cache import KVCache
 from cluster.rounds.detokenize import TextStream
@@ -81,20 +88,27 @@ class TreeEngine:
     # --- the doors' side: any event loop
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[StreamItem]:
-        """See ``Engine.generate``. Leaving the iterator early aborts the session."""
+        """See ``Engine.generate``. Leaving the iterator early aborts the session.
+
+        The doors keep the request's deadline, too; here it also holds for a door that is gone.
+        """
         check_request(request, self._info)
         call = _Call(request, asyncio.get_running_loop())
         self._register(call)
+        deadline = None if request.timeout_s is None else call.loop.time() + request.timeout_s
         self._inbox.put(partial(self._submit, call))
         ended = False
         try:
             while not ended:
-                message = await call.items.get()
+                async with asyncio.timeout_at(deadline):
+                    message = await call.items.get()
                 if isinstance(message, PacelineError):
                     ended = True
                     raise message
                 ended = message.finish_reason is not None
                 yield message
+        except TimeoutError:
+            raise DeadlineExceeded(f"request {request.request_id} took longer than {request.timeout_s:g} s") from None
         finally:
             self._forget(call)
             if not ended:

@@ -107,9 +107,10 @@ def start_ray() -> str:
     """Start a head node, or find the one that an earlier call started. Returns the dashboard's address."""
     if STATE.exists():
         state = json.loads(STATE.read_text())
-        if _alive(state["pid"]):
+        if state["pid"] in _processes(state):
             print(f"Ray is up already (process {state['pid']})")
             return str(state["dashboard"])
+        stop()  # what a dead head left behind
     STATE.parent.mkdir(exist_ok=True)
     _tool("ray", "get-auth-token", "--generate")
     port, dashboard_port = _free_port(6379), _free_port(8265)
@@ -119,7 +120,8 @@ def start_ray() -> str:
     with open(LOG, "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     dashboard = f"http://127.0.0.1:{dashboard_port}"
-    STATE.write_text(json.dumps({"pid": process.pid, "port": port, "dashboard": dashboard}))
+    state = {"pid": process.pid, "born": _born(process.pid), "port": port, "dashboard": dashboard}
+    STATE.write_text(json.dumps(state))
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -156,16 +158,18 @@ def stop() -> int:
     if not STATE.exists():
         print("nothing to stop: no service was started from this folder")
         return 0
-    head = json.loads(STATE.read_text())["pid"]
+    head = json.loads(STATE.read_text())
     for number, patience_s in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 10.0)):
-        left = _session(head)
-        if left:
-            print(f"stopping Ray ({len(left)} processes)", flush=True)
-        for pid in left if number == signal.SIGKILL else left & {head}:
+        left = _processes(head)
+        targets = left if number == signal.SIGKILL else left & {head["pid"]}
+        if not targets:
+            continue
+        print(f"stopping Ray ({len(left)} processes)", flush=True)
+        for pid in targets:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
         deadline = time.monotonic() + patience_s
-        while _session(head) and time.monotonic() < deadline:
+        while _processes(head) and time.monotonic() < deadline:
             time.sleep(0.2)
     STATE.unlink()
     print("stopped")
@@ -202,17 +206,29 @@ def _applications(dashboard: str) -> dict[str, Any] | None:
     return applications
 
 
-def _alive(pid: int) -> bool:
-    return pid in _session(pid)
+def _born(pid: int) -> str:
+    """Names one life of a process id: the machine's boot and the clock tick of the process' start."""
+    return f"{_boot()} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
 
 
-def _session(leader: int) -> set[int]:
-    """Processes of the Unix session that ``leader`` started, zombies left out."""
-    members = set()
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _processes(head: dict[str, Any]) -> set[int]:
+    """Processes of the Unix session that the head in the state file leads, zombies left out.
+
+    Empty where its process id is somebody else's by now, after a restart of the machine, say.
+    """
+    try:
+        ours = head.get("born") in (None, _born(head["pid"]))
+    except OSError:  # it is gone; its id is not given out again while its session has members
+        ours = head.get("born", _boot()).startswith(_boot())
+    members: set[int] = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             state, _, _, session, *_ = stat.read_text().rpartition(")")[2].split()
-            if int(session) == leader and state != "Z":
+            if ours and int(session) == head["pid"] and state != "Z":
                 members.add(int(stat.parent.name))
     return members
 

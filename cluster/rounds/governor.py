@@ -18,7 +18,7 @@ from cluster.core.token_tree import TokenTree
 SCORE_BINS = 10
 PRIOR_TRIALS = 8.0  # weight of "the drafter's own estimate is right" against what was observed
 MAX_TRIALS = 400.0  # of one kind of node are remembered: a change of topic shows after some hundred rounds
-FADING = 0.9995  # of all evidence is left after a round: what is no longer tried is tried again, for under 1 % of the time
+FADING = 0.9995  # of all evidence is left after a round: what is no longer tried is tried again, now and then
 PREFERENCE = 1.1  # another mode must be faster than the usual one by this factor
 MIN_ROUNDS = 6  # measured rounds before a mode's speed counts
 LOOK_GAP = 48  # rounds between two looks at modes not in use, at least

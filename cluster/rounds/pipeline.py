@@ -114,7 +114,10 @@ class _Asked:
 
 
 class Pipeline:
-    """Drafting stages of one target, over any transport. Thread-safe: the transport delivers from its own thread."""
+    """Drafting stages of one target, in chain order, over any transport.
+
+    Thread-safe: the transport delivers from its own thread.
+    """
 
     def __init__(
         self,
@@ -139,10 +142,10 @@ class Pipeline:
         self._arrived = threading.Condition()
 
     def open(self, session: Session, stages: Sequence[str]) -> None:
-        """Announce a session; leases for ``stages`` are opened in the background."""
+        """Announce a session; leases for those of ``stages`` that are there are opened in the background."""
         with self._arrived:
             self._sessions[session.id] = _Asked(session)
-        self._transport.open(session.id, stages)
+        self._transport.open(session.id, [stage for stage in self.stages if stage in stages])
 
     def close(self, session_id: str) -> None:
         with self._arrived:
@@ -163,7 +166,7 @@ class Pipeline:
         return any(self._transport.ready(session_id, stage) for session_id in session_ids for stage in used)
 
     def ask(self, wishes: Sequence[tuple[Session, Sequence[str], int]]) -> set[str]:
-        """Ask for trees on the sessions' present state: (session, stages in chain order, max nodes). Returns at once.
+        """Ask for trees on the sessions' present state: (session, stages, max nodes). Returns at once.
 
         Returns the ids of sessions for which a tree is now under way. A stage that does not hold a session yet is sent
         its start, and joins the chain once it has confirmed it: no round waits for a drafter's prefill.
@@ -177,7 +180,7 @@ class Pipeline:
                 if known is None:
                     continue
                 known.clear()
-                usable = [stage for stage in stages if self._usable(session.id, stage, probe)]
+                usable = [s for s in self.stages if s in stages and self._usable(session.id, s, probe)]
                 starts = [stage for stage in usable if self._needs_start(known, stage)]
                 chains += [ChainAsk(session.id, {stage: self._start(known, stage)}) for stage in starts]
                 chain = [stage for stage in usable if stage in known.held]
@@ -220,8 +223,7 @@ class Pipeline:
     # --- what to send
 
     def _usable(self, session_id: str, stage: str, probe: str | None) -> bool:
-        health = self._health.get(stage)
-        return health is not None and (not health.open or stage == probe) and self._transport.ready(session_id, stage)
+        return (not self._health[stage].open or stage == probe) and self._transport.ready(session_id, stage)
 
     def _due_probe(self) -> str | None:
         """At most one stage at a time, so that a broken stage is never probed through another broken one."""

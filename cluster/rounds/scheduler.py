@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 PLAIN, LOCAL, REMOTE, MIXED = "plain", "local", "remote", "mixed"
 """Where a round's guesses come from, as ``ModeChooser`` sees it; mixed rounds are measured for none."""
 
+CHEAP = 0.05  # of a plain step: what a local drafter may cost without being questioned
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -72,6 +74,7 @@ class Scheduler:
         self._pipeline = pipeline
         self._calibration = Calibration()
         self._modes = ModeChooser()
+        self._local_seconds = 0.0  # of a call to the local drafter, of late
         self._mode = LOCAL if local is not None else PLAIN
         self._waiting: deque[Session] = deque()
         self._running: list[Session] = []
@@ -168,7 +171,9 @@ class Scheduler:
             if session.id not in found and caps[session.id] > 0 and self._asks_local(session)
         ]
         if self._local is not None and asks:
+            start = time.perf_counter()
             found |= self._local.propose(asks, {})
+            self._local_seconds += 0.2 * (time.perf_counter() - start - self._local_seconds)
         return [
             found[session.id].prune(caps[session.id], session.max_depth) if session.id in found else TokenTree.empty()
             for session in decoding
@@ -267,7 +272,7 @@ class Scheduler:
         if self._local is not None:
             for session, commit in commits:
                 self._local.commit(session.id, commit.token_ids)
-        usual = [LOCAL, PLAIN] if self._local is not None else [PLAIN]
+        usual = self._usual_modes()
         free = {session.id for session, _ in commits if _engine_chooses(session) and self._cap(session) > 0}
         if self._config.governor == "always":
             mode = REMOTE if self._pipeline is not None else usual[0]
@@ -285,6 +290,12 @@ class Scheduler:
                 # Stages that are not ready yet are not measured, neither as fast nor as slow.
                 mode = MIXED if free & under_way else self._fallback(usual)
         self._mode = mode
+
+    def _usual_modes(self) -> list[str]:
+        """What the engine can do by itself. Doing without a drafter that costs next to nothing is not worth a look."""
+        if self._local is None:
+            return [PLAIN]
+        return [LOCAL] if self._local_seconds < CHEAP * self._curve.plain_step else [LOCAL, PLAIN]
 
     def _fallback(self, usual: Sequence[str]) -> str:
         return usual[0] if self._config.governor == "always" else self._modes.best(usual)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 
-from fakes import ScriptedDrafter
+import pytest
+from fakes import FailingDrafter, ScriptedDrafter
 
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import Commit, SamplingParams, TreeKey, digest_of
@@ -114,6 +115,40 @@ def test_upstream_trees_of_another_state_are_not_shown_to_the_drafter() -> None:
     for tree in (good, stale, rubbish):
         host.draft("v", [start(5)], DraftReply({"s": tree}))
     assert seen == [{"v/s"}, set(), set()]
+
+
+def test_a_session_nobody_asks_about_is_dropped_even_if_nobody_ends_it() -> None:
+    now = 0.0
+    drafter = ScriptedDrafter(lambda tokens, ask: TokenTree.empty())
+    host = DraftWorker("small", drafter, ttl_s=30.0, clock=lambda: now)
+    host.draft("v", [start(5)])
+    now = 29.0
+    host.draft("w", [start(5)])
+    now = 31.0
+    host.draft("w", [])
+    assert set(drafter.tokens) == {"w/s"}
+    assert host.num_sessions == 1
+
+
+@pytest.mark.parametrize("where", ["begin", "propose", "commit"])
+def test_a_drafter_that_raises_costs_its_own_session_only(where: str) -> None:
+    class Picky(FailingDrafter):
+        def _fail(self, what: str) -> None:
+            if self.failing:
+                super()._fail(what)
+
+        failing = False
+
+    drafter = Picky(lambda tokens, ask: TokenTree.chain([tokens[-1]], stage=1), where)
+    host = DraftWorker("small", drafter)
+    host.draft("v", [start(5)])
+    drafter.failing = True
+    other = DraftAsk(Commit(TreeKey("o", 0, 2, 1), 2, ()), 1, 1, SessionStart((1, 2), 1, SamplingParams()))
+    bad = host.draft("v", [other if where == "begin" else follow(5, 8)])
+    assert bad.trees == {}
+    assert bad.reports[-1].held == {}
+    drafter.failing = False
+    assert host.draft("v", [other]).trees.keys() == {"o"}
 
 
 def test_any_storm_of_lost_doubled_and_reordered_asks_ends_in_the_right_state() -> None:

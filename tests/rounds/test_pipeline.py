@@ -304,6 +304,14 @@ def test_replies_for_unknown_sessions_and_stages_are_ignored() -> None:
     assert rig.round() is not None
 
 
+def test_stages_are_asked_in_chain_order_and_those_that_are_not_there_are_not() -> None:
+    rig = Rig()
+    rig.commit(7)
+    rig.pipeline.ask([(rig.session, ("large", "medium", "small"), 8)])
+    (tree,) = rig.pipeline.collect([rig.session], PATIENCE_S).values()
+    assert stages_of(tree) == [Origin.MEDIUM]
+
+
 def test_close_frees_the_session_everywhere() -> None:
     rig = Rig()
     rig.pipeline.close(rig.session.id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -21,7 +22,7 @@ from cluster.rounds.governor import CostCurve
 from cluster.rounds.pipeline import Pipeline
 from cluster.rounds.scheduler import LOCAL, PLAIN, REMOTE, Scheduler
 from cluster.rounds.session import Limits, Session
-from drafters.base import Drafter
+from drafters.base import Ask, Drafter
 
 LENGTH = 256
 STEEP = CostCurve((1, 64), (1.0, 10.0))  # a node must be likely to pay
@@ -141,7 +142,23 @@ def test_stages_without_a_worker_are_not_measured(rank: Rank) -> None:
     rig = Rig(rank, ScriptedDrafter(always_wrong(VOCAB)), pipeline, governor="auto")
     rig.submit([3], tokens=200)
     rig.run()
-    assert set(rig.scheduler._modes.steps) == {LOCAL, PLAIN}
+    assert set(rig.scheduler._modes.steps) == {LOCAL}
+
+
+def test_a_local_drafter_that_costs_more_than_it_brings_is_hardly_asked(rank: Rank) -> None:
+    asked = 0
+    rubbish = always_wrong(VOCAB)
+
+    def dear(tokens: list[int], ask: Ask) -> TokenTree:
+        nonlocal asked
+        asked += 1
+        time.sleep(0.01)
+        return rubbish(tokens, ask)
+
+    rig = Rig(rank, ScriptedDrafter(dear), curve=CostCurve((1, 64), (1e-3, 1e-2)), governor="auto")
+    rig.submit([3], tokens=250)
+    rig.run()
+    assert 0 < asked < 60
 
 
 def test_remote_stages_are_measured_once_they_hold_the_session(rank: Rank) -> None:

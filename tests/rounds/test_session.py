@@ -138,6 +138,22 @@ def test_any_split_into_blocks_gives_the_same_text_and_tokens(stop: tuple[str, .
         assert whole[0].endswith(text)
 
 
+@pytest.mark.parametrize("stop", [(), ("cab",), ("aab", "bbbb"), ("abcabc",)])
+def test_text_goes_on_where_it_stood_also_in_the_middle_of_what_was_held_back(stop: tuple[str, ...]) -> None:
+    rng = random.Random(4)
+    tokens = [rng.choice(ids("abc")) for _ in range(40)]
+    params = SamplingParams(max_tokens=30, min_tokens=3, stop=stop)
+    whole = make(params)
+    texts: list[str] = []
+    for token in tokens:
+        if whole.finish_reason is None:
+            texts.append(advance(whole, [token]).text)
+    for at in range(len(texts)):
+        resumed = make(params, resume="".join(ALPHABET[token] for token in tokens[:at]))
+        rest = advance(resumed, tokens[at:]).text
+        assert "".join(texts[:at]) + rest == "".join(texts)
+
+
 def test_resumed_tokens_that_hold_a_stop_end_the_session_at_once() -> None:
     session = make(SamplingParams(max_tokens=9, stop=("ab",)), resume="ab")
     assert session.finish_reason is FinishReason.STOP

@@ -3,127 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
-import torch
+from engine_rig import LENGTH, POISON, PoisonedRank, Rig, ask, run
 from fakes import FailingDrafter, InProcessTransport, ScriptedDrafter, always_wrong
 from tiny import VOCAB, save_tiny_llama
 
-from cluster.core.accept import Accepted
-from cluster.core.config import EngineConfig
-from cluster.core.errors import Aborted, EngineFailed, EngineUnavailable, InvalidArgument, Overloaded
-from cluster.core.types import FinishReason, GenerateRequest, ModelInfo, SamplingParams, StreamItem
-from cluster.engine.kv_cache import SlotRows
-from cluster.engine.rank import Rank, build_rank
-from cluster.engine.verifier import Prefill, StepTimes, Verifier, Verify
-from cluster.rounds.detokenize import TextStream
+from cluster.core.errors import (
+    Aborted,
+    DeadlineExceeded,
+    EngineFailed,
+    EngineUnavailable,
+    InvalidArgument,
+    Overloaded,
+)
+from cluster.core.types import FinishReason, GenerateRequest, SamplingParams
+from cluster.engine.rank import build_rank
 from cluster.rounds.draft_worker import DraftWorker
-from cluster.rounds.governor import CostCurve
 from cluster.rounds.pipeline import Pipeline
-from cluster.rounds.scheduler import Scheduler
-from cluster.rounds.session import Limits
-from cluster.tree_engine import TreeEngine
+from cluster.rounds.session import Phase
 from drafters.base import Drafter
-
-LENGTH = 200
-INFO = ModelInfo("tiny", "Llama", VOCAB, LENGTH, "float64", "torch", True, (), "")
-POISON = 77  # a prompt that begins with it gets NaN rows, or a text decoder that raises
-PATIENCE_S = 30.0
-
-
-class Letters:
-    def __init__(self, poisoned: bool) -> None:
-        self._poisoned = poisoned
-
-    def step(self, token: int) -> str:
-        if self._poisoned:
-            raise RuntimeError("no such text")
-        return chr(65 + token % 26)
-
-
-class SteppedVerifier(Verifier):
-    """Where ``stepped`` is set, each step waits for a ``release`` of the test's."""
-
-    def __init__(self, rank: Rank) -> None:
-        super().__init__(rank)
-        self.stepped = False
-        self.failing = False
-        self.steps = 0
-        self._turns = threading.Semaphore(0)
-
-    def release(self, steps: int = 1) -> None:
-        self._turns.release(steps)
-
-    def step(
-        self, prefills: Sequence[Prefill], verifies: Sequence[Verify]
-    ) -> tuple[list[Accepted | EngineFailed], StepTimes]:
-        if self.stepped:
-            self._turns.acquire(timeout=PATIENCE_S)
-        if self.failing:
-            raise RuntimeError("out of memory")
-        self.steps += 1
-        return super().step(prefills, verifies)
-
-
-class PoisonedRank(Rank):
-    """Rows that begin with ``POISON`` get NaN logits."""
-
-    def forward(self, batch: Sequence[SlotRows], skip: frozenset[int] = frozenset()) -> torch.Tensor:
-        logits = super().forward(batch, skip).clone()
-        at = 0
-        for rows in batch:
-            count = len(rows.tokens) if rows.logits is True else 0
-            if count and rows.tokens[0] == POISON:
-                logits[at : at + count] = float("nan")
-            at += count
-        return logits
-
-
-class Rig:
-    """A running engine and handles into it."""
-
-    def __init__(self, rank: Rank, local: Drafter | None, pipeline: Pipeline | None, changes: dict[str, Any]) -> None:
-        settings = {"max_model_len": LENGTH, "kv_slots": 4, "max_waiting": 2, "max_nodes": 8, "governor": "always"}
-        self.config = EngineConfig.model_validate(settings | changes)
-        self.rank = rank
-        self.verifier = SteppedVerifier(rank)
-        curve = CostCurve((1, 64), (1.0, 1.0))
-        self.scheduler = Scheduler(self.config, self.verifier, curve, local, pipeline)
-        self.engine = TreeEngine(self.scheduler, rank.kv, INFO, Limits(LENGTH, frozenset()), self.text_of, pipeline)
-
-    @staticmethod
-    def text_of(request: GenerateRequest) -> TextStream:
-        return TextStream(Letters(request.prompt_token_ids[:2] == (POISON, 0)), request.params.stop)
-
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[StreamItem, None]:
-        return cast(AsyncGenerator[StreamItem, None], self.engine.generate(request))
-
-    async def tokens(self, request: GenerateRequest) -> list[int]:
-        async with aclosing(self.generate(request)) as items:
-            return [token async for item in items for token in item.token_ids]
-
-    async def wait_until(self, holds: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while not holds():
-            assert time.monotonic() < deadline
-            await asyncio.sleep(0.002)
-
-    async def all_is_given_back(self) -> None:
-        await self.wait_until(lambda: self.engine.load().kv_slots_used == 0 and self.scheduler.idle)
-        assert self.engine._calls == self.engine._sessions == {}
-        assert self.scheduler._prefilled == self.scheduler._slots == {}
-        self.rank.kv.check()
-
-
-def ask(name: str, prompt: Sequence[int] = (5, 6, 7), tokens: int = 12, **fields: Any) -> GenerateRequest:
-    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    return GenerateRequest(name, tuple(prompt), params, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -146,14 +49,6 @@ def start(folder: Path) -> Iterator[Callable[..., Rig]]:
         rig.verifier.release(10_000)
         rig.engine.close()
         assert not rig.engine._thread.is_alive()
-
-
-def run(work: Coroutine[Any, Any, None]) -> None:
-    async def limited() -> None:
-        async with asyncio.timeout(PATIENCE_S):
-            await work
-
-    asyncio.run(limited())
 
 
 def test_concurrent_requests_get_what_each_would_get_alone(start: Callable[..., Rig]) -> None:
@@ -187,21 +82,19 @@ def test_closing_the_iterator_frees_the_slot_within_a_round(start: Callable[...,
     run(work())
 
 
-@pytest.mark.parametrize("phase", ["waiting", "prefill", "decoding"])
+@pytest.mark.parametrize("phase", [Phase.WAITING, Phase.PREFILL, Phase.DECODE], ids=lambda phase: str(phase.value))
 @pytest.mark.parametrize("way", ["abort", "cancel"])
-def test_a_request_can_leave_in_any_phase(start: Callable[..., Rig], phase: str, way: str) -> None:
+def test_a_request_can_leave_in_any_phase(start: Callable[..., Rig], phase: Phase, way: str) -> None:
     rig = start(ScriptedDrafter(always_wrong(VOCAB)), kv_slots=4, prefill_chunk=1)
 
     async def work() -> None:
         rig.verifier.stepped = True
-        others = [asyncio.create_task(rig.tokens(ask(f"other{i}", tokens=60))) for i in range(4)]
-        if phase != "waiting":
-            others.pop().cancel()
-        await rig.wait_until(lambda: rig.scheduler.num_running == len(others))
-        prompt = range(50) if phase == "prefill" else (5,)
-        leaving = asyncio.create_task(rig.tokens(ask("leaving", prompt, tokens=60)))
-        rig.verifier.release(4)
-        await rig.wait_until(lambda: rig.verifier.steps >= 4)
+        names = [f"other{i}" for i in range(4 if phase is Phase.WAITING else 3)]
+        others = [asyncio.create_task(rig.tokens(ask(name, tokens=100))) for name in names]
+        await rig.step_until(lambda: all(rig.phase_of(name) is Phase.DECODE for name in names))
+        prompt = range(2, 60) if phase is Phase.PREFILL else (5,)
+        leaving = asyncio.create_task(rig.tokens(ask("leaving", prompt, tokens=100)))
+        await rig.step_until(lambda: rig.phase_of("leaving") is phase)
         if way == "abort":
             assert rig.engine.abort("leaving")
         else:
@@ -209,7 +102,7 @@ def test_a_request_can_leave_in_any_phase(start: Callable[..., Rig], phase: str,
         rig.verifier.release(10_000)
         with pytest.raises(Aborted if way == "abort" else asyncio.CancelledError):
             await leaving
-        assert [len(tokens) for tokens in await asyncio.gather(*others)] == [60] * len(others)
+        assert [len(tokens) for tokens in await asyncio.gather(*others)] == [100] * len(others)
         await rig.all_is_given_back()
 
     run(work())
@@ -289,19 +182,15 @@ def test_more_requests_than_may_wait_are_refused_and_a_replay_is_not(start: Call
     async def work() -> None:
         rig.verifier.stepped = True
         running = [asyncio.create_task(rig.tokens(ask(f"r{i}", tokens=60))) for i in range(4)]
-        rig.verifier.release(4)
-        await rig.wait_until(lambda: rig.scheduler.num_running == 4)
+        await rig.step_until(lambda: rig.scheduler.num_running == 4)
         waiting = [asyncio.create_task(rig.tokens(ask(f"w{i}"))) for i in range(2)]
-        await asyncio.sleep(0)
-        rig.verifier.release(1)
-        await rig.wait_until(lambda: rig.scheduler.num_waiting == 2)
-        rig.verifier.release(1)
+        await rig.step_until(lambda: rig.scheduler.num_waiting == 2)
+        refused = asyncio.create_task(rig.tokens(ask("one too many")))
+        await rig.step_until(refused.done)
         with pytest.raises(Overloaded):
-            await rig.tokens(ask("one too many"))
+            await refused
         replays = [asyncio.create_task(rig.tokens(ask(f"replay{i}", epoch=1))) for i in range(3)]
-        await asyncio.sleep(0)
-        rig.verifier.release(1)
-        await rig.wait_until(lambda: rig.scheduler.num_waiting == 5)
+        await rig.step_until(lambda: rig.scheduler.num_waiting == 5)
         order = [session.request.request_id for session in rig.scheduler._waiting]
         assert order == ["replay0", "replay1", "replay2", "w0", "w1"]
         rig.verifier.release(10_000)
@@ -317,7 +206,7 @@ def test_closing_the_engine_ends_every_request_and_refuses_new_ones(start: Calla
     async def work() -> None:
         rig.verifier.stepped = True
         waiting = [asyncio.create_task(rig.tokens(ask(f"r{i}", tokens=100))) for i in range(6)]
-        await rig.wait_until(lambda: rig.scheduler.num_running == 4)
+        await rig.step_until(lambda: rig.scheduler.num_running == 4)
         late = asyncio.create_task(rig.tokens(ask("late")))  # in the inbox, behind the step that runs
         await asyncio.sleep(0)
         closing = asyncio.create_task(asyncio.to_thread(rig.engine.close))
@@ -416,6 +305,19 @@ def test_a_drafter_that_raises_costs_speed_only(start: Callable[..., Rig], where
     assert drafter.raised > 0
     transport.join()
     assert worker.num_sessions == 0
+
+
+def test_a_request_ends_at_its_deadline(start: Callable[..., Rig]) -> None:
+    rig = start()
+
+    async def work() -> None:
+        rig.verifier.stepped = True
+        with pytest.raises(DeadlineExceeded):
+            await rig.tokens(ask("r", timeout_s=0.05))
+        rig.verifier.release(1)
+        await rig.all_is_given_back()
+
+    run(work())
 
 
 def test_sessions_that_are_over_leave_nothing_behind(start: Callable[..., Rig]) -> None:
