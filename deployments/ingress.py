@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from cluster.engine.weights import load_tokenizer, resolve_model
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
 from cluster.core.config import ServiceConfig
+from cluster.engine.weights import load_tokenizer, resolve_model
 from deployments.codec import Codec
 from deployments.ingress_grpc import GrpcDoor
 from deployments.ingress_http import build_app
