@@ -69,14 +69,17 @@ def check(
         for concurrency, chunk in VARIANTS:
             own = _offline_args(args, dtype, sampling, drafter, concurrency, chunk)
             note(f"{drafter}, {concurrency} at once, chunk {chunk}", plain, *run(target, own))
-    first, output = next(iter(plain.items()))
+    output = next(iter(plain.values()))
     resumed, rate = run(target, _offline_args(args, dtype, sampling, "staged", 8), resume=output)
-    note("staged, resumed from every point", dict.fromkeys(resumed, plain[first]), resumed, rate)
+    note("staged, resumed from every point", dict.fromkeys(resumed, output), resumed, rate)
     return found
 
 
 def run(target: Target, args: argparse.Namespace, resume: list[int] | None = None) -> tuple[Outputs, float]:
-    """Output ids by request, and tokens a round. ``resume``: the first prompt again, from every point of it."""
+    """Output ids by request in the order of the prompts, and tokens a round.
+
+    ``resume``: the output to resume the first prompt from, at every point of it.
+    """
     scheduler = build_scheduler(target, offline.engine_config(args), offline.drafter_stage(args))
     lines = offline.read_lines(args.prompts, args.limit)
     requests = [offline.to_request(index, line, target, args) for index, line in enumerate(lines)]
@@ -84,7 +87,8 @@ def run(target: Target, args: argparse.Namespace, resume: list[int] | None = Non
         requests = [_resumed(requests[0], resume, at) for at in range(len(resume))]
     records = list(offline.generate(scheduler, target, requests, args.concurrency))
     tokens, rounds = sum(len(r["token_ids"]) for r in records), sum(r["rounds"] for r in records)
-    return {record["id"]: record["token_ids"] for record in records}, tokens / max(rounds, 1)
+    outputs = {record["id"]: record["token_ids"] for record in records}  # in the order in which they ended
+    return {request.request_id: outputs[request.request_id] for request in requests}, tokens / max(rounds, 1)
 
 
 def _resumed(request: GenerateRequest, output: list[int], at: int) -> GenerateRequest:
