@@ -6,29 +6,16 @@ It keeps no state between steps: rows (with their tree), the KV cache and the su
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
-from cluster.engine.kernels import Heads, Kernels, PackedLinear
+from cluster.engine.kernels import Kernels
 from cluster.engine.kv_cache import KVCache
 from cluster.engine.model_config import DecoderConfig
+from cluster.engine.packed import Heads, PackedLayer, PackedModel
 from cluster.engine.rows import StepRows
 
 ROPE_CHUNK = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """``qk_norms``: per-head norm weights of queries and keys, each (head_dim,); Qwen3 only."""
-
-    input_norm: torch.Tensor
-    qkv: PackedLinear
-    qk_norms: tuple[torch.Tensor, torch.Tensor] | None
-    out: PackedLinear
-    mlp_norm: torch.Tensor
-    gate_up: PackedLinear
-    down: PackedLinear
 
 
 class Decoder:
@@ -43,17 +30,19 @@ class Decoder:
     ) -> None:
         self.config = config
         self.kernels = kernels
-        self._embedding = weights["model.embed_tokens.weight"]
-        self._layers = [_pack_layer(config, weights, kernels, index) for index in range(config.num_layers)]
-        self._final_norm = weights["model.norm.weight"]
-        head = self._embedding if config.tie_word_embeddings else weights["lm_head.weight"]
-        self._head = kernels.pack(head, wide=True)
+        embedding = weights["model.embed_tokens.weight"]
+        head = embedding if config.tie_word_embeddings else weights["lm_head.weight"]
         cos, sin = _rope_tables(config, num_positions, kernels.dtype)
-        self._heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps, cos, sin)
-
-    @property
-    def num_positions(self) -> int:
-        return int(self._heads.cos.shape[0])
+        self.num_positions = num_positions
+        self._forward = kernels.forward_of(
+            PackedModel(
+                embedding,
+                tuple(_pack_layer(config, weights, kernels, index) for index in range(config.num_layers)),
+                weights["model.norm.weight"],
+                kernels.pack(head, wide=True),
+                Heads(config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps, cos, sin),
+            )
+        )
 
     def forward(self, step: StepRows, kv: KVCache, skip: frozenset[int] = frozenset()) -> torch.Tensor:
         """Logits of the wanted rows: (wanted, vocab) fp32. Writes the rows' keys and values into the cache.
@@ -61,33 +50,12 @@ class Decoder:
         Sub-layers are numbered 2 * layer (attention) and 2 * layer + 1 (MLP). A skipped one is the identity: only the
         residual passes, and a skipped attention writes no keys.
         """
-        hidden = self._embedding[step.tokens]
-        for index, layer in enumerate(self._layers):
-            if 2 * index not in skip:
-                hidden = self._attention(hidden, layer, step, kv.keys[index], kv.values[index])
-            if 2 * index + 1 not in skip:
-                hidden = self._mlp(hidden, layer)
-        wanted = hidden if step.wanted is None else hidden[step.wanted]
-        if not len(wanted):
-            return torch.empty((0, self.config.vocab_size))
-        return self.kernels.linear(self.kernels.norm(wanted, self._final_norm, self.config.norm_eps), self._head)
-
-    def _attention(
-        self, hidden: torch.Tensor, layer: _Layer, step: StepRows, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        kernels = self.kernels
-        qkv = kernels.linear(kernels.norm(hidden, layer.input_norm, self.config.norm_eps), layer.qkv)
-        kernels.rope_store(qkv, self._heads, layer.qk_norms, step, keys, values)
-        mixed = kernels.attention(qkv, self._heads, step, keys, values)
-        return kernels.linear(mixed, layer.out, residual=hidden)
-
-    def _mlp(self, hidden: torch.Tensor, layer: _Layer) -> torch.Tensor:
-        kernels = self.kernels
-        inner = kernels.linear(kernels.norm(hidden, layer.mlp_norm, self.config.norm_eps), layer.gate_up)
-        return kernels.linear(inner, layer.down, residual=hidden)
+        return self._forward(step, kv, skip)
 
 
-def _pack_layer(config: DecoderConfig, weights: Mapping[str, torch.Tensor], kernels: Kernels, index: int) -> _Layer:
+def _pack_layer(
+    config: DecoderConfig, weights: Mapping[str, torch.Tensor], kernels: Kernels, index: int
+) -> PackedLayer:
     prefix = f"model.layers.{index}"
 
     def weight(name: str) -> torch.Tensor:
@@ -99,7 +67,7 @@ def _pack_layer(config: DecoderConfig, weights: Mapping[str, torch.Tensor], kern
     names = [f"self_attn.{part}_proj" for part in "qkv"]
     qkv_bias = torch.cat([weights[f"{prefix}.{name}.bias"] for name in names]) if config.qkv_bias else None
     norms = (weight("self_attn.q_norm"), weight("self_attn.k_norm")) if config.qk_norm else None
-    return _Layer(
+    return PackedLayer(
         input_norm=weight("input_layernorm"),
         qkv=kernels.pack(torch.cat([weight(name) for name in names]), qkv_bias),
         qk_norms=norms,

@@ -1,44 +1,70 @@
-"""``kernels.cpp`` from Python: built once per source, flags and CPU, called through ctypes (which drops the GIL)."""
+"""``kernels.cpp`` from Python: weights packed for it, and a step as one call through ctypes, which drops the GIL."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
 import mmap
-import os
 import platform
-import shutil
-import subprocess
-import tempfile
+from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from cluster.engine.disk_cache import cache_folder
-from cluster.engine.kernels import Heads, PackedLinear
+from cluster.engine.kernels import Forward
+from cluster.engine.kv_cache import KVCache
+from cluster.engine.native_build import NativeUnavailable, build_library
+from cluster.engine.packed import PackedLayer, PackedLinear, PackedModel
 from cluster.engine.rows import StepRows
 
-logger = logging.getLogger(__name__)
-
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "pool.h", "simd.h"))
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("kernels.cpp", "attention.h", "linear.h", "pool.h", "simd.h")
+)
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-pthread", "-fPIC", "-shared", "-Wno-psabi")
 BLOCK = 16
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 ARENA_BYTES = 128 << 20
 
-_PTR, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-SIGNATURES = {
-    "linear": [_PTR, _INT, _INT, _PTR, _PTR, _PTR, _PTR, _INT, _INT, _INT, _INT],
-    "norm": [_PTR, _PTR, _PTR, _INT, _INT, _FLOAT],
-    "rope_store": [_PTR, *[_INT] * 4, _PTR, _PTR, _FLOAT, *[_PTR] * 6],
-    "attention": [*[_PTR] * 4, *[_INT] * 4, _LONG, *[_PTR] * 3, _INT, _PTR, _FLOAT, _INT],
-}
+
+class _Matrix(Structure):
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p))
 
 
-class NativeUnavailable(Exception):
-    """The native kernels cannot run here; the message says why."""
+class _Layer(Structure):
+    _fields_ = (
+        ("input_norm", c_void_p),
+        ("qkv", _Matrix),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("out", _Matrix),
+        ("mlp_norm", c_void_p),
+        ("gate_up", _Matrix),
+        ("down", _Matrix),
+    )
+
+
+class _Model(Structure):
+    _fields_ = (
+        ("embedding", c_void_p),
+        ("layers", POINTER(_Layer)),
+        ("final_norm", c_void_p),
+        ("head", _Matrix),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        *((name, c_int32) for name in ("num_layers", "hidden", "inner", "heads", "kv_heads", "dim", "vocab")),
+        ("eps", c_float),
+    )
+
+
+class _Step(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("tokens", "slots", "prefixes", "positions", "cache_rows")),
+        *((name, c_void_p) for name in ("paths", "path_lengths", "wanted", "cache")),
+        ("slot_size", c_int64),
+        ("num_positions", c_int64),
+        *((name, c_int32) for name in ("rows", "path_width", "num_wanted")),
+    )
 
 
 def _cpu_flags() -> frozenset[str]:
@@ -52,37 +78,10 @@ def _cpu_flags() -> frozenset[str]:
     return flags
 
 
-def _run(command: list[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise NativeUnavailable(f"{command[0]} failed: {result.stderr.strip()[:500]}")
-
-
-def build_library() -> Path:
-    """Compile ``kernels.cpp`` into the cache unless it is there. Raises ``NativeUnavailable``.
-
-    Processes that build at once each rename a finished file into place, so none ever loads half of one.
-    """
-    flags = _cpu_flags()
-    key = [*(source.read_text() for source in SOURCES), *FLAGS, *sorted(flags)]
-    target = cache_folder("kernels") / f"{hashlib.sha256(chr(10).join(key).encode()).hexdigest()[:20]}.so"
-    if target.exists():
-        return target
-    compiler = shutil.which("g++")
-    if compiler is None:
-        raise NativeUnavailable("no g++ was found")
-    logger.info("kernels: compiling %s", SOURCES[0].name)
-    with tempfile.TemporaryDirectory(dir=target.parent) as work:
-        library = f"{work}/kernels.so"
-        _run([compiler, *FLAGS, str(SOURCES[0]), "-o", library])
-        os.replace(library, target)
-    return target
-
-
 @functools.cache
 def _library() -> ctypes.CDLL:
     try:
-        return ctypes.CDLL(str(build_library()))
+        return ctypes.CDLL(str(build_library(SOURCES, FLAGS, sorted(_cpu_flags()))))
     except OSError as error:
         raise NativeUnavailable(f"the compiled library does not load: {error}") from error
 
@@ -120,22 +119,37 @@ def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _matrix(packed: PackedLinear) -> _Matrix:
+    return _Matrix(_address(packed.weight), _address(packed.bias))
+
+
+def _layer(layer: PackedLayer) -> _Layer:
+    q_norm, k_norm = layer.qk_norms or (None, None)
+    return _Layer(
+        _address(layer.input_norm),
+        _matrix(layer.qkv),
+        _address(q_norm),
+        _address(k_norm),
+        _matrix(layer.out),
+        _address(layer.mlp_norm),
+        _matrix(layer.gate_up),
+        _matrix(layer.down),
+    )
+
+
 class NativeKernels:
     """``Kernels`` for fp32 and bf16. Raises ``NativeUnavailable`` where they cannot be built, or not in that dtype."""
 
     def __init__(self, dtype: torch.dtype, threads: int) -> None:
         if dtype not in SUFFIXES:
             raise NativeUnavailable(f"they compute in {', '.join(str(kind) for kind in SUFFIXES)}, not {dtype}")
-        library = _library()
         self.name = "native"
         self.dtype = dtype
         self.threads = threads
         self._arena = _Arena()
-        functions = {name: getattr(library, f"{name}_{SUFFIXES[dtype]}") for name in SIGNATURES}
-        for name, function in functions.items():
-            function.argtypes, function.restype = SIGNATURES[name], None
-        self._linear, self._norm = functions["linear"], functions["norm"]
-        self._rope_store, self._attention = functions["rope_store"], functions["attention"]
+        self._call = getattr(_library(), f"forward_{SUFFIXES[dtype]}")
+        self._call.argtypes = [POINTER(_Model), POINTER(_Step), c_void_p, c_void_p, c_int]
+        self._call.restype = None
 
     def _blocks(self, weight: torch.Tensor) -> torch.Tensor:
         """(outputs, inputs) -> (blocks, steps, 16, 1 in fp32 or 2 in bf16)."""
@@ -161,76 +175,47 @@ class NativeKernels:
             bias = torch.stack(both, 1).flatten().contiguous()
         return PackedLinear(self._arena.place(weight), bias, gate.shape[0], gated=True)
 
-    def linear(self, x: torch.Tensor, packed: PackedLinear, residual: torch.Tensor | None = None) -> torch.Tensor:
-        rows, inputs = x.shape
-        out = torch.empty((rows, packed.outputs), dtype=torch.float32 if packed.wide else self.dtype)
-        self._linear(
-            x.data_ptr(),
-            rows,
-            inputs,
-            packed.weight.data_ptr(),
-            _address(packed.bias),
-            _address(residual),
-            out.data_ptr(),
-            packed.outputs,
-            packed.wide,
-            packed.gated,
-            self.threads,
-        )
-        return out
+    def forward_of(self, model: PackedModel) -> Forward:
+        return _NativeForward(model, self._call, self.threads)
 
-    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        out = torch.empty_like(x)
-        self._norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.shape[0], x.shape[1], eps)
-        return out
 
-    def rope_store(
-        self,
-        qkv: torch.Tensor,
-        heads: Heads,
-        norms: tuple[torch.Tensor, torch.Tensor] | None,
-        step: StepRows,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-    ) -> None:
-        q_norm, k_norm = norms or (None, None)
-        self._rope_store(
-            qkv.data_ptr(),
-            len(step),
+class _NativeForward:
+    """A model's addresses, laid out once for all steps. Keeps the model, and with it the memory, alive."""
+
+    def __init__(self, model: PackedModel, call: Any, threads: int) -> None:
+        self._model, self._call, self._threads = model, call, threads
+        heads, inner = model.heads, model.layers[0].gate_up.outputs
+        self._layers = (_Layer * len(model.layers))(*map(_layer, model.layers))
+        self._native = _Model(
+            _address(model.embedding),
+            self._layers,
+            _address(model.final_norm),
+            _matrix(model.head),
+            _address(heads.cos),
+            _address(heads.sin),
+            len(model.layers),
+            model.embedding.shape[1],
+            inner,
             heads.num,
             heads.num_kv,
             heads.dim,
-            _address(q_norm),
-            _address(k_norm),
+            model.vocab_size,
             heads.eps,
-            heads.cos.data_ptr(),
-            heads.sin.data_ptr(),
-            step.positions.data_ptr(),
-            step.cache_rows.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
         )
 
-    def attention(
-        self, qkv: torch.Tensor, heads: Heads, step: StepRows, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        out = torch.empty((len(step), heads.num * heads.dim), dtype=self.dtype)
-        self._attention(
-            qkv.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            out.data_ptr(),
-            len(step),
-            heads.num,
-            heads.num_kv,
-            heads.dim,
-            keys.shape[1],
-            step.slots.data_ptr(),
-            step.prefixes.data_ptr(),
-            step.paths.data_ptr(),
+    def __call__(self, step: StepRows, kv: KVCache, skip: frozenset[int]) -> torch.Tensor:
+        rows = len(step)
+        wanted = torch.arange(rows) if step.wanted is None else step.wanted
+        logits = torch.empty((len(wanted), self._model.vocab_size))
+        native = _Step(
+            *map(_address, (step.tokens, step.slots, step.prefixes, step.positions, step.cache_rows)),
+            *map(_address, (step.paths, step.path_lengths, wanted, kv.keys[0])),
+            kv.slot_size,
+            kv.num_slots * kv.slot_size,
+            rows,
             step.paths.shape[1],
-            step.path_lengths.data_ptr(),
-            heads.dim**-0.5,
-            self.threads,
+            len(wanted),
         )
-        return out
+        flags = bytes(index in skip for index in range(2 * len(self._model.layers)))
+        self._call(self._native, native, flags, logits.data_ptr(), self._threads)
+        return logits

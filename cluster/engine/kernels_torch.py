@@ -7,12 +7,15 @@ of ``BLOCK``, and exponentials in chunks of ``CHUNK``. It is slow for few rows; 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from cluster.engine.kernels import Heads, PackedLinear
+from cluster.engine.kernels import Forward
+from cluster.engine.kv_cache import KVCache
+from cluster.engine.packed import Heads, PackedLayer, PackedLinear, PackedModel
 from cluster.engine.rows import StepRows
 
 TILE, WIDTH, BLOCK, CHUNK = 8, 64, 64, 4096
@@ -62,12 +65,42 @@ class TorchKernels:
             bias = torch.stack([gate_bias, up_bias]).to(self.dtype)
         return PackedLinear(weight, bias, gate.shape[0], gated=True)
 
+    def forward_of(self, model: PackedModel) -> Forward:
+        return functools.partial(self._forward, model)
+
+    def _forward(self, model: PackedModel, step: StepRows, kv: KVCache, skip: frozenset[int]) -> torch.Tensor:
+        hidden = model.embedding[step.tokens]
+        for index, layer in enumerate(model.layers):
+            if 2 * index not in skip:
+                hidden = self._attention(hidden, model.heads, layer, step, kv.keys[index], kv.values[index])
+            if 2 * index + 1 not in skip:
+                inner = self.linear(self.norm(hidden, layer.mlp_norm, model.heads.eps), layer.gate_up)
+                hidden = self.linear(inner, layer.down, residual=hidden)
+        wanted = hidden if step.wanted is None else hidden[step.wanted]
+        if not len(wanted):
+            return torch.empty((0, model.vocab_size))
+        return self.linear(self.norm(wanted, model.final_norm, model.heads.eps), model.head)
+
+    def _attention(
+        self,
+        hidden: torch.Tensor,
+        heads: Heads,
+        layer: PackedLayer,
+        step: StepRows,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> torch.Tensor:
+        qkv = self.linear(self.norm(hidden, layer.input_norm, heads.eps), layer.qkv)
+        self.rope_store(qkv, heads, layer.qk_norms, step, keys, values)
+        return self.linear(self.attention(qkv, heads, step, keys, values), layer.out, residual=hidden)
+
     def _multiply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, outputs: int) -> torch.Tensor:
         x = F.pad(x.to(weight.dtype), (0, weight.shape[1] - x.shape[1]))
         product = _tiled(lambda tile: F.linear(tile, weight), x)[:, :outputs]
         return product if bias is None else product + bias
 
     def linear(self, x: torch.Tensor, packed: PackedLinear, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """(n, inputs) -> (n, outputs); ``residual`` (n, outputs) is added to the rounded result."""
         if packed.gated:
             biases = (None, None) if packed.bias is None else (packed.bias[0], packed.bias[1])
             gate, up = (self._multiply(x, weight, bias, packed.outputs) for weight, bias in zip(packed.weight, biases))
@@ -80,6 +113,7 @@ class TorchKernels:
         return (result if residual is None else residual + result).contiguous()
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """RMS norm of each row: rounded after scaling to unit size, and again after the weight."""
         wide = x.to(self._sum_dtype)
         mean = _tiled(lambda tile: tile.pow(2).mean(-1, keepdim=True), wide)
         return (wide * (1 / torch.sqrt(mean + eps))).to(self.dtype) * weight
@@ -93,6 +127,10 @@ class TorchKernels:
         keys: torch.Tensor,
         values: torch.Tensor,
     ) -> None:
+        """qkv: (n, (heads + 2 * kv_heads) * dim). Norms and rotates queries in place; writes keys and values.
+
+        norms: per-head weights of queries and keys, each (dim,). keys, values: one layer of the cache.
+        """
         rows = qkv.view(len(step), heads.num + 2 * heads.num_kv, heads.dim)
         parts = list(torch.split(rows, [heads.num, heads.num_kv, heads.num_kv], 1))
         positions = step.positions.long()
@@ -112,6 +150,7 @@ class TorchKernels:
     def attention(
         self, qkv: torch.Tensor, heads: Heads, step: StepRows, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
+        """Each row over its prefix, its ancestors and itself, in position order: (n, heads * dim)."""
         queries = qkv.view(len(step), -1, heads.dim)[:, : heads.num].to(self._sum_dtype)
         where, counts = _key_rows(step, keys.shape[1])
         flat_keys = keys.view(-1, heads.num_kv, heads.dim)

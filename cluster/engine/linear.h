@@ -1,0 +1,126 @@
+// Packed linear: weights as [block of 16 outputs][step][64 bytes]; a step is one k in fp32, a pair of k in bf16.
+#pragma once
+#include <vector>
+
+#include "pool.h"
+#include "simd.h"
+
+namespace {
+
+// What a thread multiplies weights with: fp32 rows, or bf16 pairs as one 32-bit word where the CPU multiplies those.
+#if defined(__AVX512BF16__)
+using pairs = uint32_t;
+inline v16 step(const bf16* w, const pairs* x, v16 sum) {
+  return (v16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32((int)*x));
+}
+#else
+struct pairs { float low, high; };
+inline v16 step(const bf16* w, const pairs* x, v16 sum) {
+  u16 both;
+  memcpy(&both, w, 64);
+  return fma16((v16)(both & 0xffff0000u), splat(x->high), fma16((v16)(both << 16), splat(x->low), sum));
+}
+#endif
+inline v16 step(const float* w, const float* x, v16 sum) { return fma16(load16(w), splat(*x), sum); }
+
+inline const float* stage(const float* x, int, int, std::vector<float>&) { return x; }
+const pairs* stage(const bf16* x, int rows, int k, std::vector<pairs>& buffer) {
+  if (sizeof(pairs) == 4 && k % 2 == 0) return (const pairs*)x;
+  int steps = (k + 1) / 2;
+  buffer.resize((size_t)rows * steps);
+  for (int r = 0; r < rows; ++r)
+    for (int s = 0; s < steps; ++s) {
+      bf16 pair[2] = {x[(size_t)r * k + 2 * s], 2 * s + 1 < k ? x[(size_t)r * k + 2 * s + 1] : bf16{0}};
+#if defined(__AVX512BF16__)
+      memcpy(&buffer[(size_t)r * steps + s], pair, 4);
+#else
+      buffer[(size_t)r * steps + s] = {to_float(pair[0]), to_float(pair[1])};
+#endif
+    }
+  return buffer.data();
+}
+
+template <class T, class X> struct Linear {
+  const X* x;             // (rows, steps)
+  const T* weight;        // (blocks, steps, 64 bytes)
+  const float* bias;      // (16 * blocks) or null
+  const T* residual;      // (rows, outputs) or null
+  void* out;              // (rows, outputs) of T, or of float where wide
+  int rows, steps, outputs;
+  bool wide, gated;       // gated: blocks alternate gate and up; the output is silu(gate) * up
+
+  int blocks() const { return gated ? (outputs + 15) / 16 * 2 : (outputs + 15) / 16; }
+
+  void finish(int row, int block, const v16* sums, int count) const {
+    const T* kind = nullptr;
+    for (int b = 0; b < count; b += gated ? 2 : 1) {
+      int column = (gated ? (block + b) / 2 : block + b) * 16, width = outputs - column;
+      size_t at = (size_t)row * outputs + column;
+      v16 sum = sums[b];
+      if (bias) sum += load16(bias + (block + b) * 16);
+      if (wide) {
+        store_part((float*)out + at, sum, width);
+        continue;
+      }
+      if (gated && b + 1 < count) {
+        v16 up = sums[b + 1];
+        if (bias) up += load16(bias + (block + b + 1) * 16);
+        sum = round16(silu16(round16(sum, kind)), kind) * round16(up, kind);
+      }
+      if (residual) sum = load_part(residual + at, width) + round16(sum, kind);
+      store_part((T*)out + at, sum, width);
+    }
+  }
+
+  // R rows times B blocks. AHEAD: the same lines of the next B blocks are fetched meanwhile, so that arithmetic and
+  // memory overlap; the hardware's own look-ahead ends at each page.
+  template <int R, int B, bool AHEAD> void tile(int row, int block) const {
+    constexpr int line = 64 / sizeof(T);
+    const size_t block_size = (size_t)steps * line;
+    const T* w = weight + block * block_size;
+    const X* first = x + (size_t)row * steps;
+    v16 sums[R][B] = {};
+    for (int s = 0; s < steps; ++s)
+#pragma GCC unroll 8
+      for (int b = 0; b < B; ++b) {
+        const T* here = w + b * block_size + (size_t)s * line;
+        if (AHEAD) __builtin_prefetch(here + B * block_size, 0, 2);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sums[r][b] = step(here, first + (size_t)r * steps + s, sums[r][b]);
+      }
+    for (int r = 0; r < R; ++r) finish(row + r, block, sums[r], B);
+  }
+
+  template <int B, bool AHEAD> void rows_of(int block) const {
+    switch (rows % 8) {
+      case 7: tile<7, B, AHEAD>(0, block); break;
+      case 6: tile<6, B, AHEAD>(0, block); break;
+      case 5: tile<5, B, AHEAD>(0, block); break;
+      case 4: tile<4, B, AHEAD>(0, block); break;
+      case 3: tile<3, B, AHEAD>(0, block); break;
+      case 2: tile<2, B, AHEAD>(0, block); break;
+      case 1: tile<1, B, AHEAD>(0, block); break;
+    }
+    int row = rows % 8;
+    if (row == 0) tile<8, B, AHEAD>(row, block), row = 8;
+    for (; row < rows; row += 8) tile<8, B, false>(row, block);
+  }
+
+  template <int B> void blocks_of(int& block, int end) const {
+    for (; block + 2 * B <= end; block += B) rows_of<B, true>(block);
+    if (block + B <= end) rows_of<B, false>(block), block += B;
+  }
+
+  void run(int threads) const {
+    int units = (blocks() + 1) / 2;
+    bool small = (int64_t)steps * units < 4096;
+    in_parts(small ? 1 : threads, units, [&](int first, int last) {
+      int block = first * 2, end = last * 2 < blocks() ? last * 2 : blocks();
+      if (rows <= 4) blocks_of<4>(block, end);
+      blocks_of<2>(block, end);
+      if (block < end) rows_of<1, false>(block);
+    });
+  }
+};
+
+}  // namespace
