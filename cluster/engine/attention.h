@@ -47,75 +47,144 @@ template <class T> struct Run {
   size_t at(int row, int i) const { return (i < prefix ? i : prefix + paths[row][i - prefix]) * stride; }
 };
 
-// V: vectors of 16 that hold a head, 0 where known only at run time. q, out: one (group, dim) per row, `step` elements
-// apart. Keys and values are widened to fp32 in blocks of 16 positions, once for all queries that see the block: blocks
-// that lie within the prefix are every row's. A query's sums run over its blocks in order, whatever rows are beside it;
-// missing positions are zeros of weight 0.
-template <class T, int V> void attend(const Run<T>& run, const T* q, size_t q_step, T* out, size_t out_step, int group, int dim, float scale) {
-  static thread_local std::vector<v16> buffer;
-  const int vectors = V ? V : (dim + 15) / 16, shared = run.prefix / 16;
-  int padded[RUN], widest = 0;
-  for (int r = 0; r < run.rows; ++r) {
-    padded[r] = (run.counts[r] + 15) / 16;
-    widest = padded[r] > widest ? padded[r] : widest;
+// What a query is multiplied with: 16 widened elements, or 32 of bf16 where the CPU multiplies those.
+template <class T> struct Chunk {
+  static constexpr int size = 16;
+  typedef v16 type;
+  static type load(const T* p, int count) { return load_part(p, count); }
+  static v16 add_product(type a, type b, v16 sum) { return fma16(a, b, sum); }
+};
+#if defined(__AVX512BF16__)
+template <> struct Chunk<bf16> {
+  static constexpr int size = 32;
+  typedef h32 type;
+  static type load(const bf16* p, int count) {
+    type chunk = {};
+    memcpy(&chunk, p, count >= 32 ? 64 : count * sizeof(bf16));
+    return chunk;
   }
-  const size_t queries_size = (size_t)run.rows * group * vectors;
-  buffer.resize(2 * queries_size + (size_t)run.rows * group * widest);
-  v16 *queries = buffer.data(), *sums = queries + queries_size, *weights = sums + queries_size;
-  v16 block[16 * (V ? V : MAX_VECTORS)];
-  auto query = [&](int r, int g) { return queries + (size_t)(r * group + g) * vectors; };
-  auto sum = [&](int r, int g) { return sums + (size_t)(r * group + g) * vectors; };
-  auto scores = [&](int r, int g) { return weights + (size_t)(r * group + g) * widest; };
-  auto widen = [&](const T* from, int r, int first) {
-    for (int i = 0; i < 16; ++i)
-      for (int v = 0; v < vectors; ++v)
-        block[i * vectors + v] =
-            first + i < run.counts[r] ? load_part(from + run.at(r, first + i) + v * 16, dim - v * 16) : v16{};
-  };
-  auto score = [&](int r, int b) {
-    for (int g = 0; g < group; ++g) {
-      v16 parts[16] = {};
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i)
-        for (int v = 0; v < vectors; ++v) parts[i] = fma16(query(r, g)[v], block[i * vectors + v], parts[i]);
-      scores(r, g)[b] = sum_each(parts) * splat(scale);
-    }
-  };
-  auto mix = [&](int r, int b) {
-    for (int g = 0; g < group; ++g) {
-      const v16 shares = scores(r, g)[b];
-      v16 mixed[V ? V : MAX_VECTORS];
-      for (int v = 0; v < vectors; ++v) mixed[v] = sum(r, g)[v];
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i)
-        for (int v = 0; v < vectors; ++v) mixed[v] = fma16(splat(shares[i]), block[i * vectors + v], mixed[v]);
-      for (int v = 0; v < vectors; ++v) sum(r, g)[v] = mixed[v];
-    }
-  };
-  auto over_blocks = [&](const T* from, auto&& visit) {
-    for (int b = 0; b < shared; ++b) {
-      widen(from, 0, b * 16);
-      for (int r = 0; r < run.rows; ++r) visit(r, b);
-    }
-    for (int r = 0; r < run.rows; ++r)
-      for (int b = shared; b < padded[r]; ++b) {
-        widen(from, r, b * 16);
-        visit(r, b);
+  static v16 add_product(type a, type b, v16 sum) {
+    return (v16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+// DIM: size of a head, 0 where known only at run time. q, out: one (group, dim) per row, `q_step` and `out_step` elements
+// apart. Positions come in blocks of 16; a block that lies within the prefix is loaded once for all rows. A query's
+// sums run over its blocks in order, whatever is beside it; missing positions are zeros of weight 0.
+template <class T, int DIM> class Attend {
+  using C = Chunk<T>;
+  static constexpr int MOST = DIM ? DIM : 16 * MAX_VECTORS;
+  const Run<T>& run_;
+  const int group_, dim_ = DIM, chunks_, vectors_, shared_;
+  int widest_ = 0;
+  typename C::type* queries_;
+  v16 *sums_, *scores_;
+
+  int dim() const { return DIM ? DIM : dim_; }
+  int chunks() const { return DIM ? (DIM + C::size - 1) / C::size : chunks_; }
+  int vectors() const { return DIM ? (DIM + 15) / 16 : vectors_; }
+  int padded(int r) const { return (run_.counts[r] + 15) / 16; }
+  v16* scores(int query) const { return scores_ + (size_t)query * widest_; }
+
+  // Calls load(i, address) for the block's positions that are there and miss(i) for the others.
+  template <class Load, class Miss> void block(const T* from, int r, int b, const Load& load, const Miss& miss) const {
+    const int first = b * 16;
+    if (b < shared_) {
+      const T* p = from + first * run_.stride;
+#pragma GCC unroll 4
+      for (int i = 0; i < 16; ++i, p += run_.stride) {
+        for (int line = 0; line < dim(); line += 64 / sizeof(T)) __builtin_prefetch(p + 32 * run_.stride + line);
+        load(i, p);
       }
-  };
-  for (int r = 0; r < run.rows; ++r)
-    for (int g = 0; g < group; ++g)
-      for (int v = 0; v < vectors; ++v) {
-        query(r, g)[v] = load_part(q + r * q_step + g * dim + v * 16, dim - v * 16);
-        sum(r, g)[v] = v16{};
+    } else {
+      for (int i = 0; i < 16; ++i) first + i < run_.counts[r] ? load(i, from + run_.at(r, first + i)) : miss(i);
+    }
+  }
+
+  template <class Load, class Use> void over_blocks(const Load& load, const Use& use) const {
+    for (int b = 0; b < shared_; ++b) {
+      load(0, b);
+      for (int query = 0; query < run_.rows * group_; ++query) use(query, b);
+    }
+    for (int r = 0; r < run_.rows; ++r)
+      for (int b = shared_; b < padded(r); ++b) {
+        load(r, b);
+        for (int g = 0; g < group_; ++g) use(r * group_ + g, b);
       }
-  over_blocks(run.keys, score);
-  for (int r = 0; r < run.rows; ++r)
-    for (int g = 0; g < group; ++g) softmax(scores(r, g), run.counts[r]);
-  over_blocks(run.values, mix);
-  for (int r = 0; r < run.rows; ++r)
-    for (int g = 0; g < group; ++g)
-      for (int v = 0; v < vectors; ++v) store_part(out + r * out_step + g * dim + v * 16, sum(r, g)[v], dim - v * 16);
+  }
+
+ public:
+  Attend(const Run<T>& run, int group, int dim)
+      : run_(run), group_(group), dim_(dim), chunks_((dim + C::size - 1) / C::size), vectors_((dim + 15) / 16),
+        shared_(run.prefix / 16) {
+    for (int r = 0; r < run.rows; ++r) widest_ = padded(r) > widest_ ? padded(r) : widest_;
+  }
+
+  void operator()(const T* q, size_t q_step, T* out, size_t out_step, float scale) {
+    static thread_local std::vector<v16> buffer;
+    const int num = run_.rows * group_;
+    buffer.resize((size_t)num * (chunks() + vectors() + widest_));
+    queries_ = (typename C::type*)buffer.data();
+    sums_ = buffer.data() + (size_t)num * chunks();
+    scores_ = sums_ + (size_t)num * vectors();
+    for (int query = 0; query < num; ++query) {
+      const T* from = q + query / group_ * q_step + query % group_ * dim();
+      for (int c = 0; c < chunks(); ++c) queries_[query * chunks() + c] = C::load(from + c * C::size, dim() - c * C::size);
+      for (int v = 0; v < vectors(); ++v) sums_[query * vectors() + v] = v16{};
+    }
+    multiply_keys(scale);
+    for (int query = 0; query < num; ++query) softmax(scores(query), run_.counts[query / group_]);
+    mix_values();
+    for (int query = 0; query < num; ++query)
+      for (int v = 0; v < vectors(); ++v)
+        store_part(out + query / group_ * out_step + query % group_ * dim() + v * 16, sums_[query * vectors() + v], dim() - v * 16);
+  }
+
+ private:
+  void multiply_keys(float scale) const {
+    typename C::type keys[16 * ((MOST + C::size - 1) / C::size)];
+    over_blocks(
+        [&](int r, int b) {
+          block(run_.keys, r, b,
+                [&](int i, const T* p) { for (int c = 0; c < chunks(); ++c) keys[i * chunks() + c] = C::load(p + c * C::size, dim() - c * C::size); },
+                [&](int i) { for (int c = 0; c < chunks(); ++c) keys[i * chunks() + c] = typename C::type{}; });
+        },
+        [&](int query, int b) {
+          v16 parts[16] = {};
+#pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i)
+            for (int c = 0; c < chunks(); ++c)
+              parts[i] = C::add_product(queries_[query * chunks() + c], keys[i * chunks() + c], parts[i]);
+          scores(query)[b] = sum_each(parts) * splat(scale);
+        });
+  }
+
+  void mix_values() const {
+    v16 values[16 * ((MOST + 15) / 16)];
+    over_blocks(
+        [&](int r, int b) {
+          block(run_.values, r, b,
+                [&](int i, const T* p) { for (int v = 0; v < vectors(); ++v) values[i * vectors() + v] = load_part(p + v * 16, dim() - v * 16); },
+                [&](int i) { for (int v = 0; v < vectors(); ++v) values[i * vectors() + v] = v16{}; });
+        },
+        [&](int query, int b) {
+          const float* shares = (const float*)(scores(query) + b);
+          v16 mixed[(MOST + 15) / 16];
+          for (int v = 0; v < vectors(); ++v) mixed[v] = sums_[query * vectors() + v];
+#pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i)
+            for (int v = 0; v < vectors(); ++v) mixed[v] = fma16(splat(shares[i]), values[i * vectors() + v], mixed[v]);
+          for (int v = 0; v < vectors(); ++v) sums_[query * vectors() + v] = mixed[v];
+        });
+  }
+};
+
+template <class T>
+void attend(const Run<T>& run, const T* q, size_t q_step, T* out, size_t out_step, int group, int dim, float scale) {
+  if (dim == 64) Attend<T, 64>(run, group, dim)(q, q_step, out, out_step, scale);
+  else if (dim == 128) Attend<T, 128>(run, group, dim)(q, q_step, out, out_step, scale);
+  else Attend<T, 0>(run, group, dim)(q, q_step, out, out_step, scale);
 }
 
 }  // namespace

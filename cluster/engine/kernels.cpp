@@ -124,17 +124,14 @@ template <class T, class X> struct Forward {
     in_parts(threads, runs * kv_heads, [&](int first, int last) {
       for (int item = first; item < last; ++item) {
         const int start = first_row[item / kv_heads], h = item % kv_heads;
-        const size_t slot = (size_t)step.slots[start] * step.slot_size * kv_heads * dim + (size_t)h * dim;
+        const size_t slot = ((size_t)step.slots[start] * step.slot_size * kv_heads + h) * dim;
         Run<T> run{keys + slot, values + slot, (size_t)kv_heads * dim, first_row[item / kv_heads + 1] - start, step.prefixes[start], {}, {}};
         for (int r = 0; r < run.rows; ++r) {
           run.paths[r] = step.paths + (size_t)(start + r) * step.path_width;
           run.counts[r] = run.prefix + step.path_lengths[start + r];
         }
-        const T* q = qkv + start * q_step + (size_t)h * group * dim;
-        T* result = out + start * out_step + (size_t)h * group * dim;
-        if (dim == 64) attend<T, 4>(run, q, q_step, result, out_step, group, dim, scale());
-        else if (dim == 128) attend<T, 8>(run, q, q_step, result, out_step, group, dim, scale());
-        else attend<T, 0>(run, q, q_step, result, out_step, group, dim, scale());
+        const size_t head = (size_t)h * group * dim;
+        attend(run, qkv + start * q_step + head, q_step, out + start * out_step + head, out_step, group, dim, scale());
       }
     });
   }

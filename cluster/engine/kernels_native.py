@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import mmap
 import platform
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cluster.engine.huge_pages import Arena
 from cluster.engine.kernels import Forward
 from cluster.engine.kv_cache import KVCache
 from cluster.engine.native_build import NativeUnavailable, build_library
@@ -24,7 +24,6 @@ SOURCES = tuple(
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-pthread", "-fPIC", "-shared", "-Wno-psabi")
 BLOCK = 16
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-ARENA_BYTES = 128 << 20
 
 
 class _Matrix(Structure):
@@ -86,26 +85,6 @@ def _library() -> ctypes.CDLL:
         raise NativeUnavailable(f"the compiled library does not load: {error}") from error
 
 
-class _Arena:
-    """Weights on huge pages: a step walks through all of them, more than 4 KiB page tables keep at hand."""
-
-    def __init__(self) -> None:
-        self._free = torch.empty(0, dtype=torch.uint8)
-
-    def place(self, weight: torch.Tensor) -> torch.Tensor:
-        """A copy of ``weight`` at a 64-byte boundary."""
-        size = weight.numel() * weight.element_size()
-        padded = (size + 63) // 64 * 64
-        if padded > self._free.numel():
-            region = mmap.mmap(-1, max(ARENA_BYTES, padded))
-            region.madvise(mmap.MADV_HUGEPAGE)
-            self._free = torch.frombuffer(region, dtype=torch.uint8)
-        room, self._free = self._free[:size], self._free[padded:]
-        placed = room.view(weight.dtype).view(weight.shape)
-        placed.copy_(weight)
-        return placed
-
-
 def _pad(tensor: torch.Tensor, dim: int, multiple: int) -> torch.Tensor:
     missing = -tensor.shape[dim] % multiple
     if not missing:
@@ -146,7 +125,7 @@ class NativeKernels:
         self.name = "native"
         self.dtype = dtype
         self.threads = threads
-        self._arena = _Arena()
+        self._arena = Arena()
         self._call = getattr(_library(), f"forward_{SUFFIXES[dtype]}")
         self._call.argtypes = [POINTER(_Model), POINTER(_Step), c_void_p, c_void_p, c_int]
         self._call.restype = None

@@ -1,7 +1,9 @@
 """The KV cache: static slots, each a committed prefix with the scratch rows of the current round right behind it.
 
 A slot of length L holds the keys and values of positions 0 ... L-1, then scratch row i at index L + i. Scratch rows
-form a tree (or a prompt's chain); ``commit`` keeps one root-to-node path of it. docs/round.md tells the story.
+form a tree (or a prompt's chain); ``commit`` keeps one root-to-node path of it. A freed slot may keep its committed
+positions for whoever begins with the same tokens; which tokens these are is the scheduler's to know. docs/round.md
+tells the story.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ import numpy.typing as npt
 import torch
 
 from cluster.core.errors import Overloaded
+from cluster.engine import huge_pages
 from cluster.engine.model_config import DecoderConfig
 
 Int32Array = npt.NDArray[np.int32]
+
+FILL_VALUE = 2.0**-7
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,10 @@ class SlotRows:
 
 @dataclass(slots=True)
 class _Slot:
-    """``paths[i]``: scratch indices from the root down to scratch row i, itself included."""
+    """``paths[i]``: scratch indices from the root down to scratch row i, itself included.
+
+    ``length``: committed positions; of a free slot, those it still keeps.
+    """
 
     owned: bool = False
     length: int = 0
@@ -59,7 +67,7 @@ class KVCache:
         self.num_slots, self.capacity, self.scratch = num_slots, capacity, scratch
         shape = (config.num_layers, 2, num_slots, capacity + scratch, config.num_kv_heads, config.head_dim)
         # Zeros, not garbage: the torch kernels read keys that they then mask, and 0 * NaN would show.
-        self._data = torch.zeros(shape, dtype=dtype)
+        self._data = huge_pages.zeros(shape, dtype)
         self.keys = [self._data[layer, 0] for layer in range(config.num_layers)]
         self.values = [self._data[layer, 1] for layer in range(config.num_layers)]
         self._slots = [_Slot() for _ in range(num_slots)]
@@ -74,19 +82,66 @@ class KVCache:
         """Positions of one slot: capacity plus scratch."""
         return self.capacity + self.scratch
 
-    def allocate(self) -> int:
-        """Take a free slot, empty. Raises ``Overloaded`` when there is none."""
+    @property
+    def free_slots(self) -> tuple[int, ...]:
+        return tuple(self._free)
+
+    @property
+    def usage(self) -> float:
+        """Share of all positions that running sessions hold."""
+        return sum(slot.length for slot in self._slots if slot.owned) / (self.num_slots * self.capacity)
+
+    @property
+    def num_bytes(self) -> int:
+        """What keys and values take once every slot is full; pages never written to take nothing."""
+        return self._data.numel() * self._data.element_size()
+
+    def allocate(self, slot: int | None = None, keep: int = 0) -> int:
+        """Take a free slot, any one or ``slot``, with the first ``keep`` of the positions it was freed with.
+
+        Raises ``Overloaded`` when there is none, ``ValueError`` where ``slot`` is taken or keeps fewer positions.
+        """
         if not self._free:
             raise Overloaded(f"all {self.num_slots} KV slots are in use")
-        slot = self._free.pop()
-        self._slots[slot] = _Slot(owned=True)
+        if slot is None:
+            slot = self._free[-1]
+        if slot not in self._free or not 0 <= keep <= self._slots[slot].length:
+            raise ValueError(f"KV slot {slot} is not free with {keep} positions kept")
+        self._free.remove(slot)
+        self._slots[slot] = _Slot(owned=True, length=keep)
         return slot
 
-    def free(self, slot: int) -> None:
-        """Give a slot back. Raises ``ValueError`` if it is not owned."""
-        self._owned(slot)
-        self._slots[slot] = _Slot()
+    def free(self, slot: int, keep: int = 0) -> None:
+        """Give a slot back; its first ``keep`` committed positions may be read or taken over until it is taken again.
+
+        Raises ``ValueError`` if it is not owned or holds fewer.
+        """
+        if not 0 <= keep <= self._owned(slot).length:
+            raise ValueError(f"slot {slot} holds {self._slots[slot].length} positions, not {keep}")
+        self._slots[slot] = _Slot(length=keep)
         self._free.append(slot)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Make the first ``length`` committed positions of ``source``, owned or free, all that ``target`` holds.
+
+        Raises ``ValueError`` where ``source`` holds fewer, ``target`` is not owned, or they are the same slot.
+        """
+        state = self._owned(target)
+        if source == target or not 0 <= length <= self._slots[source].length:
+            raise ValueError(f"slot {source} cannot give {length} positions to slot {target}")
+        self._data[:, :, target, :length] = self._data[:, :, source, :length]
+        state.length, state.paths = length, []
+
+    def fill(self, slot: int, length: int) -> None:
+        """Make the slot hold ``length`` positions of one arbitrary value: for measuring what a context costs.
+
+        Raises ``ValueError`` beyond the capacity.
+        """
+        state = self._owned(slot)
+        if not 0 <= length <= self.capacity:
+            raise ValueError(f"slot {slot}: {length} positions exceed the capacity {self.capacity}")
+        self._data[:, :, slot, :length] = FILL_VALUE
+        state.length, state.paths = length, []
 
     def length(self, slot: int) -> int:
         """Committed positions of the slot."""
@@ -160,8 +215,8 @@ class KVCache:
                 raise RuntimeError(
                     f"slot {index}: length {slot.length} with {len(slot.paths)} scratch rows is too long"
                 )
-            if not slot.owned and (slot.length or slot.paths):
-                raise RuntimeError(f"free slot {index} still holds {slot.length} positions")
+            if not slot.owned and slot.paths:
+                raise RuntimeError(f"free slot {index} still holds {len(slot.paths)} scratch rows")
 
     def _owned(self, slot: int) -> _Slot:
         if not 0 <= slot < self.num_slots or not self._slots[slot].owned:

@@ -14,6 +14,7 @@ typedef float v4 __attribute__((vector_size(16)));
 typedef int32_t i16 __attribute__((vector_size(64)));
 typedef uint32_t u16 __attribute__((vector_size(64)));
 typedef uint16_t h16 __attribute__((vector_size(32)));
+typedef uint16_t h32 __attribute__((vector_size(64)));
 struct bf16 { uint16_t bits; };
 
 inline v16 splat(float x) { return x - v16{}; }
