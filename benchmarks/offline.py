@@ -138,7 +138,7 @@ def read_lines(path: Path, limit: int | None) -> list[dict[str, Any]]:
 
 
 def to_request(index: int, line: dict[str, Any], target: Target, args: argparse.Namespace) -> GenerateRequest:
-    ids = prompt_ids(line, target)
+    ids = prompt_ids(line, target.tokenizer)
     room = target.info.max_model_len - args.max_tokens
     if len(ids) > room:
         print(f"prompt {index}: cut from {len(ids)} to its last {room} tokens", file=sys.stderr)
@@ -156,16 +156,16 @@ def to_request(index: int, line: dict[str, Any], target: Target, args: argparse.
     return GenerateRequest(f"{index}-{name}", tuple(ids), params, speculation=Speculation(args.drafters != "none"))
 
 
-def prompt_ids(line: dict[str, Any], target: Target) -> list[int]:
+def prompt_ids(line: dict[str, Any], tokenizer: Any) -> list[int]:
     """Token ids of one input line; chat forms go through the model's chat template."""
     if "prompt_token_ids" in line:
         return [int(token) for token in line["prompt_token_ids"]]
     if "prompt" in line:
-        return list(target.tokenizer(line["prompt"])["input_ids"])
+        return list(tokenizer(line["prompt"])["input_ids"])
     if "messages" in line or "turns" in line:
         messages = line.get("messages") or [{"role": "user", "content": line["turns"][0]}]
-        text = target.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return list(target.tokenizer(text, add_special_tokens=False)["input_ids"])
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     raise SystemExit(f"error: a line needs turns, prompt, messages or prompt_token_ids; got {sorted(line)}")
 
 

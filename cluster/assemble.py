@@ -6,17 +6,17 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cluster.core.config import EngineConfig, ModelConfig, ServiceConfig, StageConfig
 from cluster.core.types import STAGE_NAMES, GenerateRequest, ModelInfo, tokenizer_hash
 from cluster.engine.rank import Rank, build_rank
-from cluster.engine.step_cost import measure_steps
+from cluster.engine.step_cost import CostCurve, curve_path, kept_curve
 from cluster.engine.verifier import Verifier
 from cluster.engine.weights import eos_token_ids, load_tokenizer, read_config, resolve_model
 from cluster.rounds.detokenize import StreamDecoder, TextStream
-from cluster.rounds.governor import CostCurve
 from cluster.rounds.pipeline import DraftTransport, Pipeline
 from cluster.rounds.scheduler import Scheduler
 from cluster.rounds.session import Limits
@@ -36,6 +36,7 @@ class Target:
     tokenizer: Any
     limits: Limits
     curve: CostCurve
+    curve_file: Path
     info: ModelInfo
 
     def text_of(self, request: GenerateRequest) -> TextStream:
@@ -63,9 +64,14 @@ def load_target(
         threads=model.threads,
     )
     tokenizer = load_tokenizer(folder)
-    curve = CostCurve(*measure_steps(rank, engine.max_rows))
+    path = curve_path(folder, model.dtype, rank.kernels, model.threads)
+    curve = kept_curve(rank, engine.max_rows, path, report)
     steps = ", ".join(f"{rows}: {1e3 * seconds:.1f}" for rows, seconds in zip(curve.rows, curve.seconds))
-    report(f"ready in {time.perf_counter() - start:.1f} s; {rank.kernels} kernels; ms per step by rows: {steps}")
+    report(
+        f"ready in {time.perf_counter() - start:.1f} s; {rank.kernels} kernels; "
+        f"KV of {engine.kv_slots} x {max_model_len} tokens may take {rank.kv.num_bytes / 2**20:.0f} MiB; "
+        f"ms per step by rows: {steps}"
+    )
     info = ModelInfo(
         model=model.name,
         architecture=config.architecture,
@@ -77,7 +83,9 @@ def load_target(
         stages=tuple(stages),
         tokenizer_hash=tokenizer_hash(tokenizer.get_vocab()),
     )
-    return Target(folder, model, rank, tokenizer, Limits(max_model_len, frozenset(eos_token_ids(folder))), curve, info)
+    return Target(
+        folder, model, rank, tokenizer, Limits(max_model_len, frozenset(eos_token_ids(folder))), curve, path, info
+    )
 
 
 def build_scheduler(
@@ -91,7 +99,15 @@ def build_scheduler(
             local_stage = local_stage.model_copy(update={"max_sessions": engine.kv_slots})
         facts = TargetFacts(target.info.vocab_size, target.info.max_model_len, target.folder, target.model.dtype)
         local = create(local_stage, target=facts, rank=target.rank, slot_of=slots.__getitem__)
-    return Scheduler(engine, Verifier(target.rank), target.curve, local, pipeline, slots)
+    scheduler = Scheduler(engine, Verifier(target.rank), target.curve, local, pipeline, slots)
+    scheduler.governor.on_drift = partial(forget_curve, target.curve_file)
+    return scheduler
+
+
+def forget_curve(path: Path) -> None:
+    """What service shows is not what was measured: the next start measures anew."""
+    log.info("the cost curve does not hold in service: it will be measured anew at the next start")
+    path.unlink(missing_ok=True)
 
 
 def build_engine(
@@ -116,4 +132,5 @@ def build_engine(
         target.text_of,
         pipeline,
         getattr(transport, "stop", None),
+        config.engine.stream_interval_ms / 1e3,
     )

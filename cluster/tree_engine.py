@@ -28,6 +28,7 @@ from cluster.core.errors import (
 from cluster.core.types import GenerateRequest, Health, Load, ModelInfo, StreamItem
 from cluster.engine.kv_cache import KVCache
 from cluster.rounds.detokenize import TextStream
+from cluster.rounds.pacing import Pacer
 from cluster.rounds.pipeline import Pipeline
 from cluster.rounds.scheduler import Outcome, Scheduler
 from cluster.rounds.session import Limits, Session
@@ -46,6 +47,7 @@ class _Call:
     loop: asyncio.AbstractEventLoop
     items: asyncio.Queue[StreamItem | PacelineError] = field(default_factory=asyncio.Queue)
     session: Session | None = None
+    pacer: Pacer = field(default_factory=Pacer)
 
     def send(self, message: StreamItem | PacelineError) -> None:
         try:
@@ -66,6 +68,7 @@ class TreeEngine:
         text_of: Callable[[GenerateRequest], TextStream],
         pipeline: Pipeline | None = None,
         on_close: Callable[[], None] | None = None,
+        stream_interval_s: float = 0.0,
     ) -> None:
         self._scheduler = scheduler
         self._kv = kv
@@ -74,6 +77,7 @@ class TreeEngine:
         self._text_of = text_of
         self._pipeline = pipeline
         self._on_close = on_close
+        self._stream_interval_s = stream_interval_s
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._calls: dict[str, _Call] = {}  # by request id: what the doors have in flight
@@ -135,6 +139,9 @@ class TreeEngine:
             worker_pids={"target": os.getpid()} | (pipeline.worker_pids if pipeline else {}),
             deadline_misses=dict(pipeline.misses) if pipeline else {},
             last_choice=self._scheduler.last_choice,
+            kv_usage=self._kv.usage,
+            stats=self._scheduler.meter.snapshot(),
+            governor=self._scheduler.report(),
         )
 
     def health(self) -> Health:
@@ -189,6 +196,8 @@ class TreeEngine:
                 self._heartbeat = time.monotonic()
                 for outcome in self._scheduler.step():
                     self._publish(outcome)
+                for call in self._sessions.values():  # a session that had no part in the step may have items held back
+                    self._flush(call)
             reason: PacelineError = EngineUnavailable("the engine is stopping")
         except Exception as error:
             log.exception("a step failed; the engine stops")
@@ -231,15 +240,24 @@ class TreeEngine:
             return  # refused, or over by itself
         self._scheduler.abort(session)
         if reason is not None:
+            self._flush(call, everything=True)
             call.send(reason)
 
     def _publish(self, outcome: Outcome) -> None:
         session = outcome.session
         over = outcome.error is not None or session.finish_reason is not None
         call = self._sessions.pop(session.id) if over else self._sessions[session.id]
-        message = outcome.error or outcome.item
-        if message is not None:
-            call.send(message)
+        if outcome.item is not None:
+            call.pacer.add(outcome.item)
+        self._flush(call, everything=over)
+        if outcome.error is not None:
+            call.send(outcome.error)
+
+    def _flush(self, call: _Call, everything: bool = False) -> None:
+        interval = 0.0 if everything else self._stream_interval_s
+        item = call.pacer.take(time.monotonic(), interval)
+        if item is not None:
+            call.send(item)
 
 
 def check_request(request: GenerateRequest, info: ModelInfo) -> None:

@@ -28,6 +28,7 @@ from cluster.core.types import MAX_SEED, GenerateRequest, ModelInfo, SamplingPar
 
 MAX_REQUEST_BYTES = 4 * 2**20
 MAX_REQUEST_ID = 128
+MAX_CACHE_SALT = 512
 ROLES = ("system", "user", "assistant")
 THREAD_ABOVE_CHARS = 4096
 """Longer texts are tokenised in a thread: shorter ones cost less than the hop."""
@@ -82,6 +83,8 @@ class ClientRequest:
     timeout_s: float | None = None
     request_id: str = ""
     model: str = ""
+    priority: int = 0
+    cache_salt: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -120,6 +123,8 @@ class Codec:
         if not 0.0 < timeout_s <= self._request_timeout_s:
             raise InvalidArgument("timeout_s", f"{timeout_s} is outside (0, {self._request_timeout_s}]")
         check_speculation(asked.speculation, info)
+        if len(asked.cache_salt) > MAX_CACHE_SALT:
+            raise InvalidArgument("cache_salt", f"{len(asked.cache_salt)} characters, at most {MAX_CACHE_SALT}")
         prompt = await self._tokenize(asked)
         _check_ids(asked.prompt_field, prompt, info.vocab_size)
         _check_ids("resume_token_ids", asked.resume_token_ids, info.vocab_size)
@@ -135,6 +140,8 @@ class Codec:
             resume_token_ids=asked.resume_token_ids,
             speculation=asked.speculation,
             timeout_s=timeout_s,
+            priority=asked.priority,
+            cache_salt=asked.cache_salt,
         )
 
     async def _tokenize(self, asked: ClientRequest) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 from google.protobuf.message import Message
@@ -17,7 +18,16 @@ from grpc_health.v1 import health_pb2
 from ray.serve.grpc_util import RayServegRPCContext
 
 from cluster.core.errors import InvalidArgument, NotFound, PacelineError
-from cluster.core.types import FinishReason, Load, ModelInfo, Origin, Speculation, SpeculationStats, StreamItem
+from cluster.core.types import (
+    EngineStats,
+    FinishReason,
+    Load,
+    ModelInfo,
+    Origin,
+    Speculation,
+    SpeculationStats,
+    StreamItem,
+)
 from deployments.codec import INTERNAL, MAX_REQUEST_BYTES, ClientRequest, public_message, status_of
 from deployments.service import Answer, Service, Tally, Usage
 from protos import generation_pb2 as pb
@@ -154,6 +164,8 @@ def client_request(request: pb.GenerateRequest) -> ClientRequest:
         timeout_s=_optional(request, "timeout_s", None),
         request_id=request.request_id,
         model=request.model,
+        priority=request.priority,
+        cache_salt=request.cache_salt,
     )
 
 
@@ -212,6 +224,7 @@ def usage_message(usage: Usage) -> pb.Usage:
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         total_tokens=usage.total_tokens,
+        cached_tokens=usage.cached_tokens,
     )
 
 
@@ -252,7 +265,16 @@ def load_message(replica: str, load: Load) -> pb.ReplicaLoad:
         worker_pids=load.worker_pids,
         deadline_misses=load.deadline_misses,
         last_choice=load.last_choice,
+        kv_usage=load.kv_usage,
+        stats=engine_stats_message(load.stats),
+        governor=pb.GovernorReport(**asdict(load.governor)),
     )
+
+
+def engine_stats_message(stats: EngineStats) -> pb.EngineStats:
+    """The counters; histograms are in ``/metrics`` only."""
+    counters = (descriptor.name for descriptor in pb.EngineStats.DESCRIPTOR.fields)
+    return pb.EngineStats(**{name: getattr(stats, name) for name in counters})
 
 
 def health_message(serving: bool) -> health_pb2.HealthCheckResponse:

@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from cluster.core.errors import EngineUnavailable, InvalidArgument, NotFound, Overloaded
 from cluster.core.types import GenerateRequest, StreamItem
 from deployments.codec import INTERNAL, MAX_REQUEST_BYTES, public_message, status_of
+from deployments.metrics import render
 from deployments.openai_api import (
     ChatBody,
     CompletionBody,
@@ -65,6 +66,11 @@ def build_app(service: Service) -> FastAPI:
     async def health() -> Response:
         serving = service.targets.serving
         return JSONResponse({"status": "serving" if serving else "not serving"}, 200 if serving else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        body, content_type = render(service.model, await service.targets.loads())
+        return Response(body, media_type=content_type)
 
     @app.exception_handler(HTTPException)
     async def routing_error(request: Request, error: Exception) -> Response:

@@ -173,6 +173,8 @@ class GenerationBody(_Body):
     resume_token_ids: Ids = None
     timeout_s: float | None = None
     request_id: str | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -194,6 +196,8 @@ class GenerationBody(_Body):
             timeout_s=self.timeout_s,
             request_id=self.request_id or "",
             model=self.model or "",
+            priority=self.priority or 0,
+            cache_salt=self.cache_salt or "",
             **prompt,
         )
 
@@ -284,11 +288,12 @@ def parse_body(kind: type[B], body: bytes) -> B:
         raise InvalidArgument(name, issue["msg"].removeprefix("Value error, ")) from None
 
 
-def usage_json(usage: Usage) -> dict[str, int]:
+def usage_json(usage: Usage) -> dict[str, Any]:
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
 
 

@@ -19,10 +19,14 @@ from deployments.targets import Targets
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one call. Resumed tokens are not counted again: the call that emitted them did."""
+    """Tokens of one call. Resumed tokens are not counted again: the call that emitted them did.
+
+    ``cached_tokens``: prompt tokens that did not have to be computed.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -100,6 +104,7 @@ class Tally:
         self.finish_reason: FinishReason | None = None
 
     def add(self, item: StreamItem) -> None:
-        self.usage = Usage(item.prompt_tokens, self.usage.completion_tokens + len(item.token_ids))
+        completion = self.usage.completion_tokens + len(item.token_ids)
+        self.usage = Usage(item.prompt_tokens, completion, item.cached_tokens)
         self.stats = item.stats
         self.finish_reason = item.finish_reason

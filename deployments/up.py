@@ -20,7 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import grpc
 import yaml
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.core.errors import PacelineError
 from deployments import client
@@ -56,8 +58,10 @@ def main() -> int:
         config = yaml.safe_load(args.config.read_text())
         prepare(config)
         dashboard = start_ray()
-        deploy(args.config, dashboard)
-        demonstrate(f"127.0.0.1:{config['grpc_options']['port']}", args.prompt)
+        deploy(args.config, {application["name"] for application in config["applications"]}, dashboard)
+        address = f"127.0.0.1:{config['grpc_options']['port']}"
+        wait_until_serving(address)
+        demonstrate(address, args.prompt)
         http = config["http_options"]
         print(f"\nThe service is up: http://{http['host']}:{http['port']}/v1 (OpenAI-style) and", end=" ")
         print(
@@ -133,8 +137,8 @@ def start_ray() -> str:
     raise SetupError(f"Ray did not answer on {dashboard} within {START_TIMEOUT_S:.0f} s; see {LOG}")
 
 
-def deploy(config: Path, dashboard: str) -> None:
-    """`serve deploy`, then wait until every application runs, showing where it stands."""
+def deploy(config: Path, names: set[str], dashboard: str) -> None:
+    """`serve deploy`, then wait until the applications of these names run, showing where they stand."""
     _tool("serve", "deploy", str(config), "-a", dashboard)
     start, shown = time.monotonic(), ""
     while time.monotonic() - start < DEPLOY_TIMEOUT_S:
@@ -144,13 +148,27 @@ def deploy(config: Path, dashboard: str) -> None:
             print(f"  {time.monotonic() - start:5.1f} s  {line}", flush=True)
             shown = line
         states = {state["status"] for state in applications.values()}
-        if states == {"RUNNING"}:
+        if states == {"RUNNING"} and names <= applications.keys():
             return
         if "DEPLOY_FAILED" in states:
             messages = [state["message"] for state in applications.values() if state["status"] == "DEPLOY_FAILED"]
             raise SetupError("deploying failed: " + "\n".join(messages))
         time.sleep(0.5)
     raise SetupError(f"not running after {DEPLOY_TIMEOUT_S:.0f} s: {shown}")
+
+
+def wait_until_serving(address: str) -> None:
+    """Wait for the door's own word: Serve calls an application running before its ingress has heard from a target."""
+    with grpc.insecure_channel(address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(grpc.RpcError):
+                answer = health.Check(health_pb2.HealthCheckRequest(), timeout=5)
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            time.sleep(0.5)
+    raise SetupError(f"{address} does not call itself healthy after {START_TIMEOUT_S:.0f} s; logs are in {LOG.parent}/")
 
 
 def stop() -> int:

@@ -63,10 +63,18 @@ def create(
 
 
 def _sssd(stage: StageConfig, site: _Site) -> Drafter:
+    from drafters.datastore import open_when_ready
+    from drafters.live_store import LiveStores
+    from drafters.shipped_store import find_store
     from drafters.sssd import SssdDrafter
 
     options = parse_config(SssdOptions, stage.options)
-    return SssdDrafter(options, max_sessions=stage.max_sessions, stage=_origin(stage))
+    live = LiveStores(site.target.vocab_size) if options.live else None
+    drafter = SssdDrafter(options, max_sessions=stage.max_sessions, stage=_origin(stage), live=live)
+    folder = find_store(options.store, site.target.vocab_size, site.target.folder) if options.store else None
+    if folder is not None:
+        open_when_ready(folder, drafter.use)
+    return drafter
 
 
 def _draft_model(stage: StageConfig, site: _Site) -> Drafter:

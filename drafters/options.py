@@ -15,11 +15,13 @@ class _Options(BaseModel):
 
 
 class SssdOptions(_Options):
-    """``query``: the longest suffix of the text that is looked up; a match of m tokens guesses ``window - m`` ahead."""
+    """Where SSSD looks besides a session's own text: ``store`` is a folder (``drafters/build_store.py`` makes one),
+    ``default`` the one shipped for the target's tokenizer, if any, or None."""
 
-    window: int = Field(default=8, ge=2, le=32)
-    query: int = Field(default=4, ge=1, le=31)
-    max_tokens: int = Field(default=32_768, ge=64, description="newest tokens of a session that are indexed")
+    query: int = Field(default=4, ge=1, le=8, description="longest run of newest tokens that is looked up")
+    max_tokens: int = Field(default=32_768, ge=64, description="newest tokens of a session that are indexed, at least")
+    store: str | None = Field(default="default", description="folder of a datastore, or default")
+    live: bool = Field(default=False, description="guess from earlier sessions' outputs, too; see docs/datastore.md")
 
 
 class GrowthOptions(_Options):

@@ -42,9 +42,19 @@ class EngineConfig(_Config):
     max_waiting: int = Field(default=64, ge=0, description="sessions that may wait for a slot before 429")
     max_nodes: int = Field(default=24, ge=0, le=256, description="nodes of one session's tree, at most")
     max_rows: int = Field(default=64, ge=8, description="rows of one step: tree nodes plus prefill tokens")
-    prefill_chunk: int = Field(default=64, ge=1, description="prefill tokens of one session in one step, at most")
+    prefill_chunk: int = Field(default=256, ge=1, description="prefill tokens of one session in one step, at most")
+    prefill_slowdown: float = Field(
+        default=2.0, ge=1.0, description="how much longer prompts may make a step of the sessions that decode"
+    )
+    prefix_reuse: bool = Field(default=True, description="keep freed sessions' K/V for prompts that begin alike")
+    preempt_after_s: float = Field(
+        default=2.0, ge=0.0, description="how long a replay waits before a newer session's slot is taken for it"
+    )
     governor: Literal["auto", "always"] = Field(
         default="auto", description="always: ask every stage and verify every node offered, whether it pays or not"
+    )
+    stream_interval_ms: float = Field(
+        default=0.0, ge=0.0, description="least time between two items of a stream; 0: an item per step"
     )
     draft_deadline_steps: float = Field(default=4.0, ge=0.0, description="how long to wait for trees, in plain steps")
     draft_deadline_min_ms: float = Field(default=2.0, ge=0.0)

@@ -17,6 +17,7 @@ import numpy as np
 from cluster.core.errors import InvalidArgument
 
 MAX_SEED = 2**64 - 1
+MAX_PRIORITY = 2**31 - 1
 STAGE_NAMES = ("small", "medium")
 
 
@@ -122,7 +123,10 @@ class Speculation:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One generation. ``resume_token_ids`` were emitted earlier: they count toward max_tokens, penalties and stops."""
+    """One generation. ``resume_token_ids`` were emitted earlier: they count toward max_tokens, penalties and stops.
+
+    ``priority``: lower is served first, as in vLLM. ``cache_salt``: K/V is reused among requests of equal salt only.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -131,6 +135,11 @@ class GenerateRequest:
     speculation: Speculation = Speculation()
     epoch: int = 0
     timeout_s: float | None = None
+    priority: int = 0
+    cache_salt: str = ""
+
+    def __post_init__(self) -> None:
+        _require(abs(self.priority) <= MAX_PRIORITY, "priority", f"{self.priority} is outside +-{MAX_PRIORITY}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +162,8 @@ class StreamItem:
     """What one session gained in one step. ``position`` is the index of the first token among the output tokens.
 
     ``text`` is the text delta; it may lag behind the tokens while a stop string or a split character is held back.
-    ``seed`` is set on the first item only; ``finish_reason`` on the last.
+    ``seed`` is set on the first item only; ``finish_reason`` on the last. ``cached_tokens``: how many of the prompt's
+    tokens had their K/V computed already when the session began.
     """
 
     request_id: str
@@ -165,6 +175,7 @@ class StreamItem:
     seed: int | None = None
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +231,57 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Histogram:
+    """Observations since start: ``counts[i]`` of them were at most ``bounds[i]``, the last count is of the rest."""
+
+    bounds: tuple[float, ...] = ()
+    counts: tuple[int, ...] = (0,)
+    total: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Totals since start. ``prefix_*`` count prompt tokens looked up and found; ``drafts`` trees verified.
+
+    ``drafted`` and ``accepted`` count their nodes, by stage. Histograms are in seconds.
+    """
+
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+    drafts: int = 0
+    drafted: dict[str, int] = field(default_factory=dict)
+    accepted: dict[str, int] = field(default_factory=dict)
+    finished: dict[str, int] = field(default_factory=dict)
+    time_to_first_token: Histogram = Histogram()
+    inter_token_latency: Histogram = Histogram()
+    request_latency: Histogram = Histogram()
+    queue_time: Histogram = Histogram()
+
+
+@dataclass(frozen=True, slots=True)
+class GovernorReport:
+    """What the governor chooses, and why.
+
+    mode: where guesses come from: plain, local or remote. speeds: tokens per session and plain step in each mode, of
+    late. rows: decoding rows of a step (roots and nodes) -> how many steps had so many. expected_tokens_per_s: of the
+    steps chosen, by the cost curve and calibrated scores; measured_tokens_per_s: what they yielded; both of late.
+    drift: by which factor the cost curve's shape, as service shows it, has left the one measured at start.
+    """
+
+    mode: str = ""
+    speeds: dict[str, float] = field(default_factory=dict)
+    rows: dict[int, int] = field(default_factory=dict)
+    expected_tokens_per_s: float = 0.0
+    measured_tokens_per_s: float = 0.0
+    drift: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
-    """A replica's load at one moment; ``kv_slots_*`` count sessions' KV slots."""
+    """A replica's load at one moment; ``kv_slots_*`` count sessions' KV slots, ``kv_usage`` is a share of positions."""
 
     running: int
     waiting: int
@@ -231,6 +291,9 @@ class Load:
     worker_pids: dict[str, int] = field(default_factory=dict)
     deadline_misses: dict[str, int] = field(default_factory=dict)
     last_choice: str = ""
+    kv_usage: float = 0.0
+    stats: EngineStats = EngineStats()
+    governor: GovernorReport = GovernorReport()
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,9 @@ class _Slot:
     paths: list[Int32Array] = field(default_factory=list)
 
 
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 class KVCache:
     """Keys and values of all layers and slots, with the bookkeeping of who owns what.
 
@@ -68,6 +71,8 @@ class KVCache:
         shape = (config.num_layers, 2, num_slots, capacity + scratch, config.num_kv_heads, config.head_dim)
         # Zeros, not garbage: the torch kernels read keys that they then mask, and 0 * NaN would show.
         self._data = huge_pages.zeros(shape, dtype)
+        # Moves go through numpy: torch would share them out to threads that spin on beside the kernels'.
+        self._bits = self._data.view(_INTEGERS[dtype.itemsize]).numpy()
         self.keys = [self._data[layer, 0] for layer in range(config.num_layers)]
         self.values = [self._data[layer, 1] for layer in range(config.num_layers)]
         self._slots = [_Slot() for _ in range(num_slots)]
@@ -189,8 +194,8 @@ class KVCache:
         first_moved = next((index for index, row in enumerate(path) if row != index), len(path))
         if first_moved < len(path):
             start = state.length + first_moved
-            sources = torch.tensor(path[first_moved:]) + state.length
-            region = self._data[:, :, slot]
+            sources = np.array(path[first_moved:]) + state.length
+            region = self._bits[:, :, slot]
             region[:, :, start : start + len(sources)] = region[:, :, sources]
         state.length += len(path)
         state.paths = []

@@ -35,7 +35,7 @@ def resolve_model(source: str, report: Report = _silent) -> Path:
     Raises ``ConfigError`` saying what was looked for and which forms are allowed.
     """
     if source.startswith("pypi:"):
-        return _from_gguf(_gguf_of_package(source.removeprefix("pypi:")), report)
+        return _from_gguf(gguf_of_package(source.removeprefix("pypi:")), report)
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -46,8 +46,11 @@ def resolve_model(source: str, report: Report = _silent) -> Path:
     raise ConfigError(f"model.source: {source!r} is no model here; allowed: {FORMS}")
 
 
-def _gguf_of_package(package: str) -> Path:
-    """The one .gguf file an installed package ships. Its code is not imported: only the file is used."""
+def gguf_of_package(package: str) -> Path:
+    """The one .gguf file an installed package ships. Its code is not imported: only the file is used.
+
+    Raises ``ConfigError`` where the package is not installed, or ships another number of them.
+    """
     try:
         distribution = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:

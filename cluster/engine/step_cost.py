@@ -1,44 +1,137 @@
-"""Measures what a step costs on this machine, by number of rows: the governor's cost curve."""
+"""What a step costs on this machine, by number of rows and length of context: the governor's cost curve.
+
+Measured once and kept on disk by what it depends on; a kept curve is believed where two quick looks agree with it.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import math
+import platform
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
+import torch
 
+from cluster.engine.disk_cache import cache_folder
 from cluster.engine.kv_cache import SlotRows
 from cluster.engine.rank import Rank
 
-WIDTHS = (1, 2, 4, 8, 16, 32, 64)
-CONTEXT = 64  # committed positions behind which the rows are measured
+log = logging.getLogger(__name__)
+
+WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+CONTEXT = 64  # committed positions behind which rows are measured first ...
+FAR_CONTEXT = 1024  # ... and once more, to know what context costs
 REPEATS = 4
+STALE_FACTOR = 1.5  # how far a kept curve may be from what a look shows
 
 
-def measure_steps(rank: Rank, max_rows: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Least seconds of a step at each width up to ``max_rows``; never falling with width.
+@dataclass(frozen=True, slots=True)
+class CostCurve:
+    """Seconds of a step by number of rows; ``rows`` ascending.
 
-    Uses one free KV slot and gives it back. Takes about 30 steps, the widths in turn: what else the machine did for a
-    moment must not become the price of one width for as long as the engine lives.
+    seconds: behind ``context`` committed positions. slopes: seconds that each further position adds, by rows; empty
+    where context costs nothing.
     """
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+    slopes: tuple[float, ...] = ()
+    context: int = 0
+
+    def at(self, rows: int, context: float | None = None) -> float:
+        """Seconds of a step of ``rows`` rows, each behind ``context`` committed positions."""
+        seconds = float(np.interp(rows, self.rows, self.seconds))
+        if self.slopes and context is not None:
+            seconds += (context - self.context) * float(np.interp(rows, self.rows, self.slopes))
+        return seconds
+
+
+def measure_steps(rank: Rank, max_rows: int) -> CostCurve:
+    """Least seconds of a step at each width up to ``max_rows``, behind two lengths of context.
+
+    Uses one free KV slot and gives it back. The widths are measured in turn: what else the machine did for a moment
+    must not become the price of one width for as long as the engine lives.
+    """
+    widths = (*(width for width in WIDTHS if width < max_rows), max_rows)
+    near = min(CONTEXT, rank.kv.capacity // 2)
+    far = min(FAR_CONTEXT, rank.kv.capacity)
+    seconds = _least_seconds(rank, widths, near, REPEATS)
+    further = _least_seconds(rank, widths, far, REPEATS)
+    slopes = accumulate((max(0.0, b - a) / (far - near) for a, b in zip(seconds, further)), max)
+    return CostCurve(widths, tuple(accumulate(seconds, max)), tuple(slopes), near)
+
+
+def kept_curve(rank: Rank, max_rows: int, path: Path, report: Callable[[str], None] = log.info) -> CostCurve:
+    """The curve in ``path`` where it still holds; else a new one, which is left there."""
+    curve = load_curve(path)
+    if curve is not None and curve.rows[-1] == max_rows and still_holds(rank, curve):
+        return curve
+    report(f"measuring the cost curve of steps up to {max_rows} rows")
+    curve = measure_steps(rank, max_rows)
+    fresh = path.with_suffix(f".{time.monotonic_ns()}")
+    fresh.write_text(json.dumps(asdict(curve)))
+    fresh.replace(path)
+    return curve
+
+
+def load_curve(path: Path) -> CostCurve | None:
+    """None where there is no curve, or something else."""
+    try:
+        data = json.loads(path.read_text())
+        return CostCurve(tuple(data["rows"]), tuple(data["seconds"]), tuple(data["slopes"]), data["context"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def still_holds(rank: Rank, curve: CostCurve) -> bool:
+    """Whether the narrowest step and one in the middle take about as long as ``curve`` says."""
+    looks = (curve.rows[0], curve.rows[len(curve.rows) // 2])
+    for width, seconds in zip(looks, _least_seconds(rank, looks, curve.context, REPEATS)):
+        if not 1 / STALE_FACTOR < seconds / curve.at(width) < STALE_FACTOR:
+            return False
+    return True
+
+
+def curve_path(folder: Path, dtype: str, kernels: str, threads: int) -> Path:
+    """Where the curve of this model is kept, by all it depends on: weights, dtype, kernels, code, threads and CPU."""
+    parts: list[object] = [folder.resolve(), dtype, kernels, threads or torch.get_num_threads(), cpu_name()]
+    parts += [torch.__version__, (folder / "config.json").read_text()]
+    parts += [source.read_text() for source in sorted(Path(__file__).parent.iterdir()) if source.is_file()]
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
+    return cache_folder("cost") / f"{digest[:24]}.json"
+
+
+def cpu_name() -> str:
+    """The CPU's model, as the system names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _least_seconds(rank: Rank, widths: Sequence[int], context: int, repeats: int) -> list[float]:
     slot = rank.kv.allocate()
     try:
-        context = min(CONTEXT, rank.kv.capacity // 2)
-        rank.forward([_chain(slot, context, logits=False)])
-        rank.kv.commit(slot, range(context))
-        widths = (*(width for width in WIDTHS if width < max_rows), max_rows)
+        rank.kv.fill(slot, context)
         least = dict.fromkeys(widths, math.inf)
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             for width in widths:
+                rows = _chain(slot, min(width, rank.kv.scratch))
                 start = time.perf_counter()
-                rank.forward([_chain(slot, min(width, rank.kv.scratch))])
+                rank.forward([rows])
                 least[width] = min(least[width], time.perf_counter() - start)
-        seconds = accumulate(least.values(), max)
-        return widths, tuple(seconds)
+        return list(least.values())
     finally:
         rank.kv.free(slot)
 
 
-def _chain(slot: int, count: int, logits: bool = True) -> SlotRows:
-    return SlotRows(slot, np.zeros(count, np.int32), np.arange(-1, count - 1, dtype=np.int32), logits=logits)
+def _chain(slot: int, count: int) -> SlotRows:
+    return SlotRows(slot, np.zeros(count, np.int32), np.arange(-1, count - 1, dtype=np.int32))

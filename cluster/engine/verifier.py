@@ -32,7 +32,10 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Verify:
-    """One session's tree, hung on ``root`` (its last token). ``position`` is base: where the first new token stands."""
+    """One session's tree, hung on ``root`` (its last token). ``position`` is base: where the first new token stands.
+
+    ``lead``: the end of a prompt, before its root: the step that computes it yields the first token as well.
+    """
 
     slot: int
     root: int
@@ -41,6 +44,7 @@ class Verify:
     history: History
     position: int
     stop_ids: frozenset[int]
+    lead: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +85,19 @@ class Verifier:
             except EngineFailed as error:
                 results.append(error)
             else:
-                self.rank.kv.commit(work.slot, [0, *(node + 1 for node in block.nodes)])
+                first = len(work.lead)
+                self.rank.kv.commit(work.slot, [*range(first + 1), *(first + 1 + node for node in block.nodes)])
                 results.append(block)
             at += size
         return results, StepTimes(forwarded - start, time.perf_counter() - forwarded)
 
 
 def _tree_rows(work: Verify) -> SlotRows:
-    """Row 0 is the root, row i + 1 is node i; the root hangs on the committed prefix."""
-    tokens = np.concatenate(([work.root], work.tree.tokens)).astype(np.int32)
-    parents = np.concatenate(([-1], work.tree.parents + 1)).astype(np.int32)
-    return SlotRows(work.slot, tokens, parents)
+    """First the lead's chain, then the root, then node i as the i-th row behind it. The lead wants no logits."""
+    first = len(work.lead)
+    tokens = np.concatenate((work.lead, [work.root], work.tree.tokens)).astype(np.int32)
+    parents = np.concatenate((np.arange(-1, first), work.tree.parents + first + 1)).astype(np.int32)
+    return SlotRows(work.slot, tokens, parents, logits=np.arange(len(tokens)) >= first if first else True)
 
 
 def _chain_rows(work: Prefill) -> SlotRows:

@@ -24,6 +24,8 @@ from drafters.staged import fill_in
 
 log = logging.getLogger(__name__)
 
+END_MEMORY_S = 5.0  # a session's start that its end has overtaken is this late at most
+
 
 @dataclass(slots=True)
 class _Held:
@@ -49,6 +51,7 @@ class DraftWorker:
         self._ttl_s = ttl_s
         self._clock = clock
         self._held: dict[str, _Held] = {}
+        self._ended: dict[str, float] = {}
 
     @property
     def num_sessions(self) -> int:
@@ -89,8 +92,10 @@ class DraftWorker:
         )
 
     def end(self, verifier: str, session_id: str) -> None:
-        """Free a session. Unknown ones are none of our business any more."""
-        self._end(_name(verifier, session_id))
+        """Free a session, also one whose start is still on its way: ends and starts come by different routes."""
+        now, name = self._clock(), _name(verifier, session_id)
+        self._ended = {other: at for other, at in self._ended.items() if now - at < END_MEMORY_S} | {name: now}
+        self._end(name)
 
     def idle_seconds(self, verifier: str, session_id: str) -> float | None:
         """Seconds since the session was last asked about; None where it is not held."""
@@ -100,6 +105,8 @@ class DraftWorker:
     def _follow(self, name: str, ask: DraftAsk) -> bool:
         """Bring the session to ``ask.commit``'s state. False where that takes a resync."""
         target, held = ask.commit.key, self._held.get(name)
+        if ask.start is not None and self._clock() - self._ended.get(name, -math.inf) < END_MEMORY_S:
+            return False
         if ask.start is not None and (held is None or _newer(target, held.key)):
             start = ask.start
             if not self._drafter.begin(name, start.token_ids, start.params, start.prompt_len):

@@ -1,168 +1,201 @@
-"""How much to guess: pure choices from measured facts. A wrong choice here costs time, never correctness.
+"""How much to guess: choices from measured facts. A wrong choice here costs time, never correctness.
 
-Design §5: at every possible size N the value of a step is (sessions + expected accepted nodes) per second of (waiting
-for drafts + the step itself); guessing nothing competes as an equal.
+At every possible size N the value of a step is (sessions + expected accepted nodes) per second of the step; guessing
+nothing competes as an equal, and nothing is guessed where nothing pays.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from cluster.core.config import EngineConfig
 from cluster.core.token_tree import TokenTree
+from cluster.core.types import GovernorReport
+from cluster.engine.step_cost import STALE_FACTOR, CostCurve
+from cluster.rounds.calibration import Calibration, Float64Array, Offers, lay_out
+from cluster.rounds.cost import LiveCost
+from cluster.rounds.gate import AskGate
+from cluster.rounds.modes import MIXED, ModeChooser
 
-SCORE_BINS = 10
-PRIOR_TRIALS = 8.0  # weight of "the drafter's own estimate is right" against what was observed
-MAX_TRIALS = 400.0  # of one kind of node are remembered: a change of topic shows after some hundred rounds
-FADING = 0.9995  # of all evidence is left after a round: what is no longer tried is tried again, now and then
-PREFERENCE = 1.1  # another mode must be faster than the usual one by this factor
-MIN_ROUNDS = 6  # measured rounds before a mode's speed counts
-LOOK_GAP = 48  # rounds between two looks at modes not in use, at least
-LOOK_ROUNDS = 4  # how long a look is; its first round only brings the drafters up to date
-LOOK_COST = 0.01  # share of the time that looks may cost
-RECENT = 0.998  # what counts as "the time" fades by this much a round
-
-
-@dataclass(frozen=True, slots=True)
-class CostCurve:
-    """Seconds of a step by number of rows; ``rows`` ascending, measured at start-up on this machine."""
-
-    rows: tuple[int, ...]
-    seconds: tuple[float, ...]
-
-    def at(self, rows: int) -> float:
-        return float(np.interp(rows, self.rows, self.seconds))
-
-    @property
-    def plain_step(self) -> float:
-        """Seconds of a plain decoding step of one session."""
-        return self.at(1)
+MARGIN = 1.01  # guessing must promise so much more than guessing nothing
+DRIFT_CHECK = 100  # steps of one width between two looks at how far the cost curve has drifted
+RECENT = 0.98  # of the expected and measured speeds reported is left after a round
 
 
-@dataclass(slots=True)
-class Calibration:
-    """Measured acceptance of a node given its parent was accepted, by stage and by the drafter's own estimate."""
-
-    trials: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((3, SCORE_BINS)))
-    hits: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((3, SCORE_BINS)))
-
-    def observe(self, tree: TokenTree, accepted: Sequence[int]) -> None:
-        """Count every node whose parent lies on the accepted path (the root included)."""
-        on_path = np.zeros(len(tree) + 1, np.bool_)
-        on_path[-1] = True  # the root, addressed by parent -1
-        on_path[list(accepted)] = True
-        tested = on_path[tree.parents]
-        bins = _bins(_conditional(tree))
-        np.add.at(self.trials, (tree.stages[tested], bins[tested]), 1.0)
-        np.add.at(self.hits, (tree.stages[tested], bins[tested]), on_path[:-1][tested])
-
-    def forget(self) -> None:
-        """A round is over. Evidence fades even without new: what is never tried could never recover otherwise."""
-        keep = FADING * np.minimum(1.0, MAX_TRIALS / np.maximum(self.trials, 1.0))
-        self.trials *= keep
-        self.hits *= keep
-
-    def scores(self, tree: TokenTree) -> npt.NDArray[np.float64]:
-        """(n,) calibrated path probabilities; never larger than the parent's."""
-        conditional = _conditional(tree)
-        bins = _bins(conditional)
-        stages = tree.stages
-        rate = (self.hits[stages, bins] + PRIOR_TRIALS * conditional) / (self.trials[stages, bins] + PRIOR_TRIALS)
-        path = np.empty(len(tree))
-        for node, parent in enumerate(tree.parents.tolist()):
-            path[node] = rate[node] if parent < 0 else rate[node] * path[parent]
-        return path
-
-
-def choose_nodes(
-    scores: Sequence[npt.NDArray[np.float64]], curve: CostCurve, max_nodes: int, base_rows: int
-) -> list[int]:
+def choose_nodes(scores: Sequence[Float64Array], seconds: Float64Array, plain: float | None = None) -> list[int]:
     """How many of each session's best nodes to verify: one heap over all sessions.
 
-    scores: per session, path probabilities in any order. base_rows: rows of the step without any node.
-    Returns one count per session, at most ``max_nodes`` in all.
+    scores: per session, path probabilities in any order. seconds: of the step with 0, 1, 2, ... nodes; its length
+    bounds them. plain: seconds of the step without nodes and without prompts, where it reads some: their rows are worth
+    what they cost, so that a node must pay as if they were not there.
     """
     sessions = len(scores)
     flat = np.concatenate(scores) if scores else np.empty(0)
-    if flat.size == 0 or max_nodes <= 0:
+    most = min(flat.size, len(seconds) - 1)
+    if most <= 0:
         return [0] * sessions
     owner = np.repeat(np.arange(sessions), [len(part) for part in scores])
-    order = np.argsort(-flat, kind="stable")[:max_nodes]
-    gains = sessions + np.concatenate(([0.0], np.cumsum(flat[order])))
-    costs = np.interp(base_rows + np.arange(len(order) + 1), curve.rows, curve.seconds)
-    best = int(np.argmax(gains / costs))
+    order = np.argsort(-flat, kind="stable")[:most]
+    worth = sessions * seconds[0] / (plain or seconds[0])
+    value = (worth + np.concatenate(([0.0], np.cumsum(flat[order])))) / seconds[: most + 1]
+    best = int(np.argmax(value))
+    if value[best] < MARGIN * value[0]:
+        best = 0
     return [int(count) for count in np.bincount(owner[order[:best]], minlength=sessions)]
 
 
-@dataclass(slots=True)
-class ModeChooser:
-    """Where guesses come from: whichever way decodes fastest, the others looked at again as long as that is cheap.
+def best_nodes(tree: TokenTree, path: Float64Array, count: int) -> tuple[TokenTree, float]:
+    """The ``count`` nodes of highest path probability, and how many of them should be accepted.
 
-    Speed is relative to plain decoding of as many sessions, so that modes compare although load changes.
+    Probabilities never grow along a path, so parents come along. The tree keeps the drafter's own scores: these are
+    what the calibration is about.
     """
-
-    tokens: dict[str, float] = field(default_factory=dict)
-    steps: dict[str, float] = field(default_factory=dict)
-    rounds: Counter[str] = field(default_factory=Counter)
-    last: str = ""
-    looking_at: str = ""
-    look_left: int = 0
-    rounds_since_look: int = 0
-    num_looks: int = 0
-    spent: float = 0.0
-    lost: float = 0.0
-
-    def observe(self, mode: str, tokens: float, steps: float) -> None:
-        """A round in ``mode`` yielded ``tokens`` per session and took as long as ``steps`` plain steps."""
-        fastest = max(self.steps, key=self.speed, default=mode)
-        self.spent = RECENT * self.spent + steps
-        self.lost *= RECENT
-        if mode != fastest and self.speed(fastest) > 0.0:
-            self.lost = max(0.0, self.lost + steps - tokens / self.speed(fastest))
-        switched, self.last = mode != self.last, mode
-        if not switched:
-            self.tokens[mode] = 0.95 * self.tokens.get(mode, 0.0) + tokens
-            self.rounds[mode] += 1
-            self.steps[mode] = 0.95 * self.steps.get(mode, 0.0) + steps
-
-    def choose(self, modes: Sequence[str]) -> str:
-        """The best of ``modes``, or another that is due for a look."""
-        best = self.best(modes)
-        others = [mode for mode in modes if mode != best]
-        if self.look_left and self.looking_at in modes:
-            self.look_left -= 1
-            return self.looking_at
-        self.rounds_since_look += 1
-        due = self.rounds_since_look >= LOOK_GAP and self.lost <= LOOK_COST * self.spent
-        if not others or not due:
-            return best
-        self.looking_at = others[self.num_looks % len(others)]
-        self.num_looks += 1
-        self.look_left, self.rounds_since_look = LOOK_ROUNDS - 1, 0
-        return self.looking_at
-
-    def best(self, modes: Sequence[str]) -> str:
-        """A mode hardly measured, else the fastest; the first one is the usual one, which others must clearly beat."""
-        unseen = [mode for mode in modes if self.rounds[mode] < MIN_ROUNDS]
-        if unseen:
-            return unseen[0]
-        return max(modes, key=lambda mode: self.speed(mode) * (PREFERENCE if mode == modes[0] else 1.0))
-
-    def speed(self, mode: str) -> float:
-        """Tokens per session and plain step of late; 0 where the mode was never measured."""
-        return self.tokens.get(mode, 0.0) / self.steps[mode] if self.steps.get(mode) else 0.0
+    if count == len(tree):
+        return tree, float(path.sum())
+    if count == 0:
+        return TokenTree.empty(), 0.0
+    nodes = np.sort(np.argsort(-path, kind="stable")[:count])
+    return tree.take(nodes), float(path[nodes].sum())
 
 
-def _conditional(tree: TokenTree) -> npt.NDArray[np.float64]:
-    """(n,) the drafter's estimate of each node given its parent."""
-    scores = np.clip(tree.scores.astype(np.float64), 1e-6, 1.0)
-    parents = np.concatenate((scores, [1.0]))[tree.parents]
-    return np.minimum(scores / parents, 1.0)
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A step's rows: one root of each decoding session, nodes, prompt tokens. ``context``: mean length behind them."""
+
+    sessions: int
+    nodes: int
+    prompt_rows: int
+    context: float
+
+    @property
+    def rows(self) -> int:
+        return self.sessions + self.nodes + self.prompt_rows
 
 
-def _bins(probability: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    return np.minimum((probability * SCORE_BINS).astype(np.int64), SCORE_BINS - 1)
+@dataclass(frozen=True, slots=True)
+class RoundSpent:
+    """Seconds of one round: drafting, the forward pass, the walks with their KV commits, and altogether."""
+
+    draft: float
+    forward: float
+    accept: float
+    total: float
+
+
+class Governor:
+    """What is known of costs and acceptance, and the choices made from it. ``calibration`` is of all drafters."""
+
+    def __init__(self, config: EngineConfig, curve: CostCurve) -> None:
+        self.cost = LiveCost(curve)
+        self.calibration = Calibration()
+        self.modes = ModeChooser()
+        self.gate = AskGate()
+        self.rows: Counter[int] = Counter()
+        self.on_drift: Callable[[], None] | None = None  # called once where the curve measured at start is far off
+        self._config = config
+        self._offers: Offers | None = None  # what the round under way was offered, and how many tokens it should yield
+        self._expected = 0.0
+        self._recent = np.zeros(4)  # expected tokens and seconds, measured tokens and seconds
+
+    @property
+    def always(self) -> bool:
+        return self._config.governor == "always"
+
+    def prompt_rows(self, decoding: int, left: int, context: float) -> int:
+        """How many prompt tokens a step may read beside ``decoding`` sessions; ``left`` are waiting to be read."""
+        if not decoding or not left:
+            return min(left, self._config.max_rows)
+        most = min(left, self._config.max_rows - decoding)
+        seconds = self._seconds(decoding, most + 1, context)
+        return max(1, int(np.searchsorted(seconds, self._config.prefill_slowdown * seconds[0], "right")) - 1)
+
+    def budget(
+        self, names: Sequence[str], trees: Sequence[TokenTree], prompt_rows: int, context: float
+    ) -> list[TokenTree]:
+        """The sessions' trees pruned to what pays, and to what fits into a step beside the prompts under way."""
+        self._expected, self._offers = float(len(trees)), None
+        if not trees:
+            return []
+        room = max(0, self._config.max_rows - len(trees) - prompt_rows)
+        if not any(map(len, trees)):
+            return list(trees)
+        self._offers = lay_out(names, trees)
+        if self.always:
+            return [tree.prune(room // len(trees)) for tree in trees]
+        scores = self.calibration.scores(self._offers)
+        most = min(room, len(self._offers.parents))
+        seconds = self._seconds(len(trees) + prompt_rows, most + 1, context)
+        plain = self.cost.at(len(trees), context) + self.cost.overhead
+        counts = choose_nodes(scores, seconds, plain)
+        pruned = [best_nodes(tree, path, count) for tree, path, count in zip(trees, scores, counts)]
+        self._expected += sum(expected for _, expected in pruned)
+        return [tree for tree, _ in pruned]
+
+    def learn(self, emitted: Sequence[Sequence[int] | None]) -> None:
+        """What the target emitted in each session of the last ``budget``; None where it failed."""
+        if self._offers is not None:
+            self.calibration.observe(self._offers, emitted)
+
+    def token_seconds(self, sessions: int, context: float) -> float:
+        """What one token costs without guessing, while so many sessions decode."""
+        return (self.cost.at(sessions, context) + self.cost.overhead) / max(1, sessions)
+
+    def price_of_nodes(self, shape: Shape) -> float:
+        """Tokens that plain decoding would have yielded in the time that each node added to the step."""
+        if not shape.nodes:
+            return 0.0
+        seconds = self.cost.span(shape.rows - shape.nodes, shape.nodes + 1, shape.context)
+        added = float(seconds[-1] - seconds[0]) / shape.nodes
+        return added / self.token_seconds(shape.sessions, shape.context)
+
+    def observe(self, mode: str, shape: Shape, tokens: int, spent: RoundSpent) -> None:
+        """A round is over. ``mode``: where its guesses came from, as far as all sessions left that to the engine."""
+        context = shape.context
+        if shape.sessions:
+            self.rows[shape.sessions + shape.nodes] += 1
+        if shape.sessions and not shape.prompt_rows:
+            expected_s = self.cost.at(shape.rows, context) + self.cost.overhead + spent.draft
+            self._recent = RECENT * self._recent + (self._expected, expected_s, tokens, spent.total)
+            if mode != MIXED:
+                # By the curve as it was measured: corrections follow what the mode in use does, and would favour it.
+                plain_s = self.cost.curve.at(shape.sessions, context) + self.cost.overhead
+                self.modes.observe(mode, tokens / shape.sessions, spent.total / plain_s)
+        if not shape.prompt_rows:  # prompts' rows want no logits: a step with them is none of the curve's
+            self.cost.observe(shape.rows, context, spent.forward, spent.total - spent.forward - spent.draft)
+            if (
+                self.on_drift is not None
+                and self.rows[shape.rows] % DRIFT_CHECK == 0
+                and self.cost.drift > STALE_FACTOR
+            ):
+                self.on_drift()
+                self.on_drift = None
+        self.gate.tick(spent.total)
+
+    def forget(self, session_id: str) -> None:
+        self.gate.forget(session_id)
+        self.calibration.forget(session_id)
+
+    def report(self, mode: str) -> GovernorReport:
+        return GovernorReport(
+            mode=mode,
+            speeds={name: self.modes.speed(name) for name in list(self.modes.steps)},
+            rows=dict(self.rows),
+            expected_tokens_per_s=self.expected_tokens_per_s,
+            measured_tokens_per_s=self.measured_tokens_per_s,
+            drift=self.cost.drift,
+        )
+
+    @property
+    def expected_tokens_per_s(self) -> float:
+        return float(self._recent[0] / self._recent[1]) if self._recent[1] else 0.0
+
+    @property
+    def measured_tokens_per_s(self) -> float:
+        return float(self._recent[2] / self._recent[3]) if self._recent[3] else 0.0
+
+    def _seconds(self, first: int, count: int, context: float) -> Float64Array:
+        return self.cost.span(first, count, context) + self.cost.overhead

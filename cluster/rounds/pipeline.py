@@ -87,12 +87,15 @@ class _Asked:
     """What is known of one session: what each stage holds, what was asked, what came.
 
     ``held``: length each stage's worker acknowledged. ``started``: when a stage was last sent the session's start.
-    ``chain``, ``heard``, ``trees``: stages of the ask under way, those that answered it, and with what.
+    ``chain``, ``heard``, ``trees``: stages of the ask under way, those that answered it, and with what; ``asked_s``:
+    when it was sent. ``leased``: whether workers were asked for.
     """
 
     session: Session
     held: dict[str, int] = field(default_factory=dict)
     started: dict[str, float] = field(default_factory=dict)
+    leased: bool = False
+    asked_s: float = -math.inf
     waiting_for: TreeKey | None = None
     chain: tuple[str, ...] = ()
     heard: set[str] = field(default_factory=set)
@@ -145,12 +148,20 @@ class Pipeline:
         """Announce a session; leases for those of ``stages`` that are there are opened in the background."""
         with self._arrived:
             self._sessions[session.id] = _Asked(session)
-        self._transport.open(session.id, [stage for stage in self.stages if stage in stages])
+        if stages:
+            self.lease(session.id, stages)
+
+    def lease(self, session_id: str, stages: Sequence[str]) -> None:
+        """Have leases opened for a session that has none yet."""
+        known = self._sessions.get(session_id)
+        if known is not None and not known.leased:
+            known.leased = True
+            self._transport.open(session_id, [stage for stage in self.stages if stage in stages])
 
     def close(self, session_id: str) -> None:
         with self._arrived:
             known = self._sessions.pop(session_id, None)
-        if known is not None:
+        if known is not None and known.leased:
             self._transport.close(session_id)
 
     @property
@@ -187,7 +198,7 @@ class Pipeline:
                 if chain and max_nodes > 0 and session.max_depth > 0:
                     chains.append(ChainAsk(session.id, {stage: _ask(known, stage, max_nodes) for stage in chain}))
                     if probe not in chain:
-                        known.chain, known.waiting_for = tuple(chain), session.key
+                        known.chain, known.waiting_for, known.asked_s = tuple(chain), session.key, self._clock()
                         under_way.add(session.id)
             if probe is not None and any(probe in chain.asks for chain in chains):
                 self._health[probe].last_probe = self._clock()
@@ -195,18 +206,23 @@ class Pipeline:
             self._transport.draft(chains, self._deliver, self._failed)
         return under_way
 
+    def awaits(self, session_id: str, timeout_s: float) -> bool:
+        """Whether a tree for the session is under way, and was asked for less than ``timeout_s`` ago."""
+        with self._arrived:
+            known = self._sessions.get(session_id)
+            return known is not None and known.waiting and self._clock() < known.asked_s + timeout_s
+
     def collect(self, sessions: Sequence[Session], timeout_s: float) -> dict[str, TokenTree]:
-        """Trees that hang on the sessions' present state; waits at most ``timeout_s`` for those still under way.
+        """Trees that hang on the sessions' present state; those still under way may take ``timeout_s`` from the ask on.
 
         Where a chain's last stage did not answer in time, an earlier one's tree is taken, and the first stage that did
         not answer has missed its deadline.
         """
-        deadline = self._clock() + timeout_s
         with self._arrived:
             self._patience = timeout_s
             mine = [known for session in sessions if (known := self._sessions.get(session.id))]
-            while any(known.waiting for known in mine):
-                left = deadline - self._clock()
+            while under_way := [known.asked_s for known in mine if known.waiting]:
+                left = max(under_way) + timeout_s - self._clock()
                 if left <= 0 or not self._arrived.wait(left):
                     break
             late = {next(stage for stage in k.chain if stage not in k.heard) for k in mine if k.waiting}

@@ -1,37 +1,35 @@
 """The loop every round goes through: admit, draft, verify, commit. One thread; only it touches the verifier.
 
-``step`` is the round of ``docs/round.md``. Sessions wait in order of arrival (replays first), run once they have a KV
-slot, prefill in chunks beside the sessions that decode, and leave through ``_release`` whatever ended them.
+``step`` is the round of ``docs/round.md``. Sessions wait in ``admission``'s order, run once they have a KV slot, are
+prefilled in chunks beside the sessions that decode, and leave through ``_vacate`` whatever ended them. A session whose
+slot is taken from it waits again, and goes on where it stood.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from cluster.core.accept import Accepted
 from cluster.core.config import EngineConfig
 from cluster.core.errors import EngineFailed, Overloaded, PacelineError
 from cluster.core.token_tree import TokenTree
-from cluster.core.types import Commit, FinishReason, Origin, StreamItem
-from cluster.engine.verifier import Prefill, StepTimes, Verifier, Verify
-from cluster.rounds.governor import Calibration, CostCurve, ModeChooser, choose_nodes
+from cluster.core.types import Commit, FinishReason, GovernorReport, Origin, StreamItem
+from cluster.engine.step_cost import CostCurve
+from cluster.engine.verifier import Prefill, Verifier, Verify
+from cluster.rounds.admission import Placement, PrefixCache, WaitingQueue, choose_victim
+from cluster.rounds.drafting import Drafting, engine_chooses
+from cluster.rounds.governor import Governor, RoundSpent, Shape
 from cluster.rounds.guard import GuardedDrafter
+from cluster.rounds.meter import Meter
+from cluster.rounds.modes import MIXED
 from cluster.rounds.pipeline import Pipeline
 from cluster.rounds.session import Phase, Session
-from drafters.base import Ask, Drafter
+from drafters.base import Drafter
 
 log = logging.getLogger(__name__)
-
-PLAIN, LOCAL, REMOTE, MIXED = "plain", "local", "remote", "mixed"
-"""Where a round's guesses come from, as ``ModeChooser`` sees it; mixed rounds are measured for none."""
-
-CHEAP = 0.05  # of a plain step: what a local drafter may cost without being questioned
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +63,22 @@ class Scheduler:
         local: Drafter | None = None,
         pipeline: Pipeline | None = None,
         slots: dict[str, int] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """``slots`` is kept as the map from running session to KV slot, for drafters that work on the target's KV."""
         self._config = config
         self._verifier = verifier
-        self._curve = curve
-        self._local = None if local is None else GuardedDrafter(local, verifier.rank.config.vocab_size)
-        self._pipeline = pipeline
-        self._calibration = Calibration()
-        self._modes = ModeChooser()
-        self._local_seconds = 0.0  # of a call to the local drafter, of late
-        self._mode = LOCAL if local is not None else PLAIN
-        self._waiting: deque[Session] = deque()
+        self._kv = verifier.rank.kv
+        self._clock = clock
+        guarded = None if local is None else GuardedDrafter(local, verifier.rank.config.vocab_size)
+        self.governor = Governor(config, curve)
+        self._drafting = Drafting(config, self.governor, guarded, pipeline)
+        self._waiting = WaitingQueue()
         self._running: list[Session] = []
         self._prefilled: dict[str, int] = {}
+        self._prefixes = PrefixCache()
         self._slots = {} if slots is None else slots
+        self.meter = Meter()
         self.times = RoundTimes()
         self.last_choice = ""
 
@@ -88,17 +87,16 @@ class Scheduler:
     def submit(self, session: Session) -> Outcome | None:
         """Queue a session. Raises ``Overloaded`` where too many wait; an outcome where it is over before it began.
 
-        A replay was admitted before: it is not refused, and waits for other replays only.
+        A replay was admitted before: it is not refused.
         """
+        session.arrived_s = self._clock()
         if session.finish_reason is not None:
             session.phase = Phase.FINISHED
             return Outcome(session, session.closing_item())
-        if session.request.epoch > 0:
-            self._waiting.insert(sum(other.request.epoch > 0 for other in self._waiting), session)
-        elif len(self._waiting) >= self._config.max_waiting + self._verifier.rank.kv.num_free:
-            raise Overloaded(f"{len(self._waiting)} requests wait already, at most {self._config.max_waiting}")
-        else:
-            self._waiting.append(session)
+        waiting = self._waiting.num_new
+        if session.request.epoch == 0 and waiting >= self._config.max_waiting + self._kv.num_free:
+            raise Overloaded(f"{waiting} requests wait already, at most {self._config.max_waiting}")
+        self._waiting.add(session)
         return None
 
     def abort(self, session: Session) -> None:
@@ -106,9 +104,21 @@ class Scheduler:
         if session in self._waiting:
             self._waiting.remove(session)
         elif session in self._running:
-            self._release(session)
-        session.finish_reason = session.finish_reason or FinishReason.ABORT
+            self._vacate(session, Phase.FINISHED)
+        if session.finish_reason is None:
+            session.finish_reason = FinishReason.ABORT
+            self.meter.finished(session, FinishReason.ABORT, self._clock())
         session.phase = Phase.FINISHED
+
+    def preempt(self, session: Session) -> None:
+        """Take a running session's slot. It waits again, and will go on with the token it would have had next."""
+        self._vacate(session, Phase.WAITING)
+        self._waiting.add(session)
+        self.meter.preempted()
+
+    def report(self) -> GovernorReport:
+        """What the governor chooses; from any thread."""
+        return self.governor.report(self._drafting.mode)
 
     @property
     def idle(self) -> bool:
@@ -122,6 +132,11 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def unread(self) -> int:
+        """Prompt tokens of running sessions that no step has read yet."""
+        return sum(s.base - self._prefilled[s.id] for s in self._running if s.phase is Phase.PREFILL)
+
     # --- the round
 
     def step(self) -> list[Outcome]:
@@ -129,114 +144,103 @@ class Scheduler:
         self._admit()
         if not self._running:
             return []
-        start, mode = time.perf_counter(), self._mode
+        start, mode = time.perf_counter(), self._drafting.mode
         decoding = [session for session in self._running if session.phase is Phase.DECODE]
-        trees = self._budget(self._draft(decoding))
+        decoding = self._drafting.ready(decoding, self.unread > 0)
+        context = _mean([session.base for session in decoding or self._running])
+        guesses = self._drafting.guess(decoding, context)
+        share = min(self.unread, self._config.max_rows // 2)
+        share = self.governor.prompt_rows(len(decoding), share, context)
+        trees = self.governor.budget([session.id for session in decoding], guesses, share, context)
         drafted = time.perf_counter()
-        verifies = [
-            Verify(s.slot, s.tokens[-1], tree, s.params, s.history, s.base, s.stop_ids)
-            for s, tree in zip(decoding, trees)
-        ]
-        prefills = self._prefill_chunks(sum(len(tree) + 1 for tree in trees))
-        blocks, spent = self._verifier.step([chunk for _, chunk in prefills], verifies)
+        tree_rows = sum(len(tree) + 1 for tree in trees)
+        room = self.governor.prompt_rows(len(decoding), self.unread, context)
+        chunks = self._prefill_chunks(min(room, self._config.max_rows - tree_rows))
+        prompt_rows = sum(len(tokens) for _, tokens in chunks)
+        verifies = [_verify(session, tree) for session, tree in zip(decoding, trees)]
+        shape = Shape(len(decoding), tree_rows - len(decoding), prompt_rows, context)
+        prefills = []
+        for session, tokens in chunks:
+            self._prefilled[session.id] += len(tokens)
+            if self._prefilled[session.id] == session.base:  # its root is among them: it gets its first token now
+                session.phase = Phase.DECODE
+                verifies.append(_verify(session, TokenTree.empty(), tokens[:-1]))
+                decoding.append(session)
+                trees.append(TokenTree.empty())
+            else:
+                prefills.append(Prefill(session.slot, tokens))
+                if self._prefilled[session.id] == session.base - 1:
+                    session.phase = Phase.DECODE
+        blocks, spent = self._verifier.step(prefills, verifies)
+        self._learn(decoding, trees, blocks, shape)
         outcomes, commits = self._commit(decoding, trees, blocks)
-        self._advance_prefill(prefills)
-        self._ask_drafters(commits)
-        self._account(mode, start, drafted, spent, outcomes, bool(prefills))
+        self._drafting.ask(commits)
+        total = time.perf_counter() - start
+        self._account(mode, shape, RoundSpent(drafted - start, spent.forward, spent.accept, total), outcomes)
         return outcomes
 
     def _admit(self) -> None:
-        while self._waiting and self._verifier.rank.kv.num_free:
-            session = self._waiting.popleft()
-            session.slot = self._slots[session.id] = self._verifier.rank.kv.allocate()
-            self._running.append(session)
-            self._prefilled[session.id] = 0
-            session.phase = Phase.PREFILL if session.base > 1 else Phase.DECODE
-            if self._cap(session) == 0:
-                continue
-            if self._local is not None:
-                self._local.begin(session.id, session.tokens, session.params, session.prompt_len)
-            if self._pipeline is not None:
-                self._pipeline.open(session, session.request.speculation.stages or self._pipeline.stages)
+        while self._waiting:
+            if not self._kv.num_free:
+                head = self._waiting.head
+                patient = self._clock() - head.arrived_s < self._config.preempt_after_s
+                victim = choose_victim(head, self._running, patient)
+                if victim is None:
+                    return
+                self.preempt(victim)
+            self._begin(self._waiting.pop())
 
-    def _draft(self, decoding: Sequence[Session]) -> list[TokenTree]:
-        """One tree per session, within its own limits: the remote stages' where it came in time, else a local guess."""
-        found: dict[str, TokenTree] = {}
-        if self._pipeline is not None and decoding:
-            found = self._pipeline.collect(decoding, self._deadline(len(decoding)))
-        caps = {session.id: self._cap(session) for session in decoding}
-        asks = [
-            Ask(session.id, caps[session.id], session.max_depth)
-            for session in decoding
-            if session.id not in found and caps[session.id] > 0 and self._asks_local(session)
-        ]
-        if self._local is not None and asks:
-            start = time.perf_counter()
-            found |= self._local.propose(asks, {})
-            self._local_seconds += 0.2 * (time.perf_counter() - start - self._local_seconds)
-        return [
-            found[session.id].prune(caps[session.id], session.max_depth) if session.id in found else TokenTree.empty()
-            for session in decoding
-        ]
+    def _begin(self, session: Session) -> None:
+        """Give the session a KV slot, with what is there already of the K/V it needs."""
+        place = self._place(session)
+        self._prefixes.forget(place.slot)
+        if place.source is None:
+            self._kv.allocate(place.slot, keep=place.length)
+        else:
+            self._kv.allocate(place.slot)
+            self._kv.copy(place.source, place.slot, place.length)
+        session.admit(place.slot, place.length)
+        self._slots[session.id] = place.slot
+        self._prefilled[session.id] = place.length
+        self._running.append(session)
+        self.meter.admitted(session, self._clock())
+        self._drafting.begin(session)
 
-    def _asks_local(self, session: Session) -> bool:
-        """Whether the local drafter may guess: it is of a stage the client named, or the engine chooses and it pays."""
-        if self._local is None:
-            return False
-        stages = session.request.speculation.stages
-        return self._mode != PLAIN if stages is None else self._local.stage.name.lower() in stages
+    def _place(self, session: Session) -> Placement:
+        free = self._kv.free_slots
+        if not self._config.prefix_reuse:
+            return Placement(free[-1])
+        salt = session.request.cache_salt
+        alike = (other for other in self._running if other.request.cache_salt == salt)
+        running = [(other.slot, other.tokens[: self._kv.length(other.slot)]) for other in alike]
+        return self._prefixes.place(session.tokens[:-1], salt, free, running)
 
-    def _budget(self, trees: list[TokenTree]) -> list[TokenTree]:
-        """Prune to what pays (governor ``auto``) and to what fits into a step beside the prompts under way."""
-        if not trees:
-            return []
-        room = max(0, self._config.max_rows - len(trees) - self._prefill_share())
-        if self._config.governor == "always":
-            share = room // len(trees)
-            return [tree.prune(share) for tree in trees]
-        scores = [self._calibration.scores(tree) for tree in trees]
-        counts = choose_nodes(scores, self._curve, room, len(trees))
-        # The best nodes by calibrated score; scores never grow along a path, so parents come along. The trees keep the
-        # drafters' own scores: these are what the calibration is about.
-        return [
-            tree.take(np.sort(np.argsort(-path, kind="stable")[:count]))
-            for tree, path, count in zip(trees, scores, counts)
-        ]
-
-    def _prefill_share(self) -> int:
-        """Rows that guesses must leave to prompts: otherwise sessions with large trees would hold a new one up."""
-        left = sum(s.base - 1 - self._prefilled[s.id] for s in self._running if s.phase is Phase.PREFILL)
-        return min(left, self._config.prefill_chunk, self._config.max_rows // 2)
-
-    def _cap(self, session: Session) -> int:
-        wish = session.request.speculation
-        if not wish.enabled or session.max_depth <= 0:
-            return 0
-        return self._config.max_nodes if wish.max_nodes is None else min(wish.max_nodes, self._config.max_nodes)
-
-    def _deadline(self, sessions: int) -> float:
-        config = self._config
-        wait = 1e3 * config.draft_deadline_steps * self._curve.at(sessions)
-        return max(config.draft_deadline_min_ms, min(config.draft_deadline_max_ms, wait)) / 1e3
-
-    def _prefill_chunks(self, rows_used: int) -> list[tuple[Session, Prefill]]:
-        """Fill the rest of the step with prompt tokens, oldest session first; at least one token per step."""
-        room = max(1, self._config.max_rows - rows_used)
-        chunks: list[tuple[Session, Prefill]] = []
+    def _prefill_chunks(self, room: int) -> list[tuple[Session, list[int]]]:
+        """``room`` prompt tokens, oldest session first."""
+        chunks: list[tuple[Session, list[int]]] = []
         for session in self._running:
             if session.phase is not Phase.PREFILL or room <= 0:
                 continue
             at = self._prefilled[session.id]
-            size = min(room, self._config.prefill_chunk, session.base - 1 - at)
-            chunks.append((session, Prefill(session.slot, session.tokens[at : at + size])))
-            room -= size
+            chunk = session.tokens[at : at + min(room, self._config.prefill_chunk)]
+            chunks.append((session, chunk))
+            room -= len(chunk)
         return chunks
 
-    def _advance_prefill(self, chunks: Sequence[tuple[Session, Prefill]]) -> None:
-        for session, chunk in chunks:
-            self._prefilled[session.id] += len(chunk.token_ids)
-            if self._prefilled[session.id] == session.base - 1:
-                session.phase = Phase.DECODE
+    def _learn(
+        self,
+        decoding: Sequence[Session],
+        trees: Sequence[TokenTree],
+        blocks: Sequence[Accepted | EngineFailed],
+        shape: Shape,
+    ) -> None:
+        """What came of the guesses: of all that were offered, and of those that were verified."""
+        price = self.governor.price_of_nodes(shape)
+        self.governor.learn([block.tokens if isinstance(block, Accepted) else None for block in blocks])
+        for session, tree, block in zip(decoding, trees, blocks):
+            if isinstance(block, Accepted):
+                self._drafting.verified(session, len(tree), len(block.nodes), price * len(tree))
+                self.meter.verified(tree, block.nodes)
 
     def _commit(
         self, decoding: Sequence[Session], trees: Sequence[TokenTree], blocks: Sequence[Accepted | EngineFailed]
@@ -246,96 +250,65 @@ class Scheduler:
         commits: list[tuple[Session, Commit]] = []
         for session, tree, block in zip(decoding, trees, blocks):
             if isinstance(block, EngineFailed):
-                self._release(session)
-                outcomes.append(Outcome(session, error=block))
+                outcomes.append(self._fail(session, block))
                 continue
-            self._calibration.observe(tree, block.nodes)
             origins = [Origin(int(tree.stages[node])) for node in block.nodes] + [Origin.TARGET]
             try:
                 item, commit = session.advance(block.tokens, origins, len(tree))
             except Exception as error:  # its text: the other sessions' tokens are computed already
                 log.exception("session %s cannot go on", session.id)
-                self._release(session)
-                outcomes.append(Outcome(session, error=EngineFailed(f"{type(error).__name__} in the session's text")))
+                outcomes.append(self._fail(session, EngineFailed(f"{type(error).__name__} in the session's text")))
                 continue
             outcomes.append(Outcome(session, item))
+            now = self._clock()
+            self.meter.emitted(session, item, now)
             if session.finish_reason is not None:
-                self._release(session)
+                self.meter.finished(session, session.finish_reason, now)
+                self._vacate(session, Phase.FINISHED)
             else:
                 commits.append((session, commit))
-        if decoding:
-            self._calibration.forget()
         return outcomes, commits
 
-    def _ask_drafters(self, commits: Sequence[tuple[Session, Commit]]) -> None:
-        """Tell the local drafter what was committed, and ask the remote stages where the next round shall use them."""
-        if self._local is not None:
-            for session, commit in commits:
-                self._local.commit(session.id, commit.token_ids)
-        usual = self._usual_modes()
-        free = {session.id for session, _ in commits if _engine_chooses(session) and self._cap(session) > 0}
-        if self._config.governor == "always":
-            mode = REMOTE if self._pipeline is not None else usual[0]
-        elif free:
-            reachable = self._pipeline is not None and self._pipeline.reachable(free)
-            mode = self._modes.choose([*usual, REMOTE] if reachable else usual)
-        else:
-            mode = self._mode
-        if self._pipeline is not None:
-            default = self._pipeline.stages if mode == REMOTE else ()
-            under_way = self._pipeline.ask(
-                [(s, s.request.speculation.stages or default, cap) for s, _ in commits if (cap := self._cap(s)) > 0]
-            )
-            if mode == REMOTE and not free <= under_way:
-                # Stages that are not ready yet are not measured, neither as fast nor as slow.
-                mode = MIXED if free & under_way else self._fallback(usual)
-        self._mode = mode
+    def _fail(self, session: Session, error: EngineFailed) -> Outcome:
+        """End a session by an error of its own. What its slot holds is not trusted."""
+        self.meter.finished(session, "error", self._clock())
+        self._vacate(session, Phase.FINISHED, keep=False)
+        return Outcome(session, error=error)
 
-    def _usual_modes(self) -> list[str]:
-        """What the engine can do by itself. Doing without a drafter that costs next to nothing is not worth a look."""
-        if self._local is None:
-            return [PLAIN]
-        return [LOCAL] if self._local_seconds < CHEAP * self._curve.plain_step else [LOCAL, PLAIN]
+    def _vacate(self, session: Session, phase: Phase, keep: bool = True) -> None:
+        """Give back everything the session holds. The one way out of ``_running``.
 
-    def _fallback(self, usual: Sequence[str]) -> str:
-        return usual[0] if self._config.governor == "always" else self._modes.best(usual)
-
-    def _release(self, session: Session) -> None:
-        """Give back everything the session holds. The one way out of ``_running``."""
+        The slot keeps the K/V of committed tokens; of a block that a stop cut, those before the stop.
+        """
         self._running.remove(session)
         del self._prefilled[session.id], self._slots[session.id]
-        self._verifier.rank.kv.free(session.slot)
-        session.phase, session.slot = Phase.FINISHED, -1
-        if self._local is not None:
-            self._local.end(session.id)
-        if self._pipeline is not None:
-            self._pipeline.close(session.id)
+        held = min(self._kv.length(session.slot), session.base) if keep and self._config.prefix_reuse else 0
+        self._kv.free(session.slot, keep=held)
+        if held:
+            self._prefixes.keep(session.slot, session.tokens[:held], session.request.cache_salt)
+        session.vacate(phase)
+        self._drafting.end(session)
 
-    def _account(
-        self,
-        mode: str,
-        start: float,
-        drafted: float,
-        spent: StepTimes,
-        outcomes: Sequence[Outcome],
-        prefilling: bool,
-    ) -> None:
-        total = time.perf_counter() - start
+    def _account(self, mode: str, shape: Shape, spent: RoundSpent, outcomes: Sequence[Outcome]) -> None:
         times = self.times
-        times.draft += drafted - start
+        times.draft += spent.draft
         times.forward += spent.forward
         times.accept += spent.accept
-        times.other += total - (drafted - start) - spent.forward - spent.accept
+        times.other += spent.total - spent.draft - spent.forward - spent.accept
         times.steps += 1
         decoded = [outcome for outcome in outcomes if outcome.item is not None]
-        if decoded and not prefilling and all(_engine_chooses(outcome.session) for outcome in decoded):
-            tokens = sum(len(outcome.item.token_ids) for outcome in decoded if outcome.item)
-            if mode != MIXED:
-                self._modes.observe(mode, tokens / len(decoded), total / self._curve.at(len(decoded)))
-        speeds = ", ".join(f"{name} {self._modes.speed(name):.2f}" for name in self._modes.steps)
-        self.last_choice = f"{mode} drafting for {len(outcomes)} sessions (tokens per plain step: {speeds})"
+        tokens = sum(len(outcome.item.token_ids) for outcome in decoded if outcome.item)
+        chosen = mode != MIXED and all(engine_chooses(outcome.session) for outcome in decoded)
+        self.governor.observe(mode if chosen else MIXED, shape, tokens, spent)
+        speeds = self.governor.modes
+        named = ", ".join(f"{name} {speeds.speed(name):.2f}" for name in speeds.steps)
+        self.last_choice = f"{mode} drafting for {len(outcomes)} sessions (tokens per plain step: {named})"
 
 
-def _engine_chooses(session: Session) -> bool:
-    """Whether where guesses come from is left to the engine."""
-    return session.request.speculation.enabled and session.request.speculation.stages is None
+def _verify(session: Session, tree: TokenTree, lead: Sequence[int] = ()) -> Verify:
+    root, stop_ids = session.tokens[-1], session.stop_ids
+    return Verify(session.slot, root, tree, session.params, session.history, session.base, stop_ids, lead)
+
+
+def _mean(values: Sequence[int]) -> float:
+    return sum(values) / len(values)

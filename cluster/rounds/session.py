@@ -53,12 +53,18 @@ class Session:
 
     def __init__(self, request: GenerateRequest, limits: Limits, text: TextStream) -> None:
         self.request = request
-        self.id = f"{request.request_id}#{next(_LIVES)}"
+        self.number = next(_LIVES)
+        self.id = f"{request.request_id}#{self.number}"
         self.params = request.params
         self.prompt_len = len(request.prompt_token_ids)
         self.tokens = list(request.prompt_token_ids)
         self.phase = Phase.WAITING
         self.slot = -1
+        self.num_admitted = 0
+        self.output_at_admission = 0
+        self.cached_tokens = 0
+        self.arrived_s = 0.0  # set by the scheduler, as is the next
+        self.last_item_s: float | None = None
         self.finish_reason: FinishReason | None = None
         self._limits = limits
         self._text = text
@@ -100,6 +106,24 @@ class Session:
             self._rounds, self._drafted, self._accepted, (self._by_origin[Origin.TARGET], small, medium)
         )
 
+    @property
+    def computed(self) -> list[int]:
+        """The tokens whose K/V is computed while the session decodes: all but the last, the next tree's root."""
+        return self.tokens[:-1]
+
+    def admit(self, slot: int, reused: int) -> None:
+        """The session gets a KV slot that holds K/V of its first ``reused`` tokens."""
+        if not self.num_admitted:
+            self.cached_tokens = min(reused, self.prompt_len)
+        self.num_admitted += 1
+        self.output_at_admission = self.num_output
+        self.slot = slot
+        self.phase = Phase.PREFILL if reused < self.base - 1 else Phase.DECODE
+
+    def vacate(self, phase: Phase) -> None:
+        """The session's slot was taken from it: it waits again, or is finished. Its tokens and its text stay."""
+        self.slot, self.phase = -1, phase
+
     def advance(self, token_ids: Sequence[int], origins: Sequence[Origin], drafted: int) -> tuple[StreamItem, Commit]:
         """Apply one round's block (accepted path plus bonus token), token by token, each as if it were its own round.
 
@@ -134,6 +158,7 @@ class Session:
             seed=self.params.seed if self._first_item else None,
             finish_reason=self.finish_reason,
             prompt_tokens=self.prompt_len,
+            cached_tokens=self.cached_tokens,
         )
         self._first_item = False
         return item

@@ -17,9 +17,12 @@ from pathlib import Path
 from cluster.core.config import ServiceConfig
 from cluster.core.errors import Aborted, EngineFailed, EngineUnavailable, InvalidArgument, Overloaded
 from cluster.core.types import (
+    EngineStats,
     FinishReason,
     GenerateRequest,
+    GovernorReport,
     Health,
+    Histogram,
     Load,
     ModelInfo,
     Origin,
@@ -43,6 +46,7 @@ class Mode(enum.IntEnum):
     FAIL_STEP = 7  # each engine fails on it
     LATE_BUG = 8  # as BUG, after the first item
     REFUSE = 9
+    ECHO = 10  # refuses, and says which priority and salt it was asked with
 
 
 def output_token(request: GenerateRequest, position: int) -> int:
@@ -91,6 +95,8 @@ class FakeEngine:
             raise EngineFailed("a secret detail")
         if mode == Mode.REFUSE:
             raise InvalidArgument("speculation.max_nodes", "the engine refuses it")
+        if mode == Mode.ECHO:
+            raise InvalidArgument("prompt", f"priority {request.priority}, salt {request.cache_salt!r}")
 
     async def _items(self, request: GenerateRequest, pause_s: float) -> AsyncGenerator[StreamItem, None]:
         position, rounds, by_origin = len(request.resume_token_ids), 0, [0, 0, 0]
@@ -115,6 +121,7 @@ class FakeEngine:
                 seed=request.params.seed if rounds == 1 else None,
                 finish_reason=FinishReason.LENGTH if last else None,
                 prompt_tokens=len(request.prompt_token_ids),
+                cached_tokens=len(request.prompt_token_ids) - 1,
             )
             position += len(tokens)
 
@@ -140,7 +147,20 @@ class FakeEngine:
 
     def load(self) -> Load:
         running = len(self._aborts)
-        return Load(running, 0, running, self._config.engine.kv_slots, worker_pids={"target": os.getpid()})
+        return Load(
+            running,
+            0,
+            running,
+            self._config.engine.kv_slots,
+            worker_pids={"target": os.getpid()},
+            stats=EngineStats(
+                prompt_tokens=40,
+                drafted={"small": 5, "medium": 3},
+                finished={"stop": 2},
+                time_to_first_token=Histogram((0.1, 1.0), (3, 0, 1), 5.5),
+            ),
+            governor=GovernorReport("local", {"local": 1.5, "plain": 0.9}, {1: 7, 4: 2}, 120.0, 110.0, 1.1),
+        )
 
     def health(self) -> Health:
         return Health("serving", True)

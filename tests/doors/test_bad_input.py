@@ -60,6 +60,7 @@ BOTH = [
     Bad("speculation", {"stages": ["large"]}, param="speculation.stages", says="small, medium"),
     Bad("speculation", {"stages": ["medium"]}, param="speculation.stages", says="served: small"),
     Bad("prompt", "", says="empty"),
+    Bad("cache_salt", "x" * 513),
 ]
 HTTP_ONLY = [
     Bad("temperature", "hot"),
@@ -85,6 +86,8 @@ HTTP_ONLY = [
     Bad("echo", True),
     Bad("logprobs", 1),
     Bad("suffix", "end"),
+    Bad("priority", 2**31),
+    Bad("priority", "high"),
     Bad("guided_json", {}, says="known:"),
 ]
 CHAT_ONLY = [

@@ -42,7 +42,7 @@ def test_generate_answers_whole(doors: Doors) -> None:
     assert list(answer.origins) == [pb.ORIGIN_SMALL, pb.ORIGIN_MEDIUM, pb.ORIGIN_TARGET] * 2 + [pb.ORIGIN_SMALL]
     assert (answer.request_id, answer.model, answer.seed) == ("mine", MODEL, 5)
     assert answer.finish_reason == pb.FINISH_REASON_LENGTH
-    assert answer.usage == pb.Usage(prompt_tokens=2, completion_tokens=7, total_tokens=9)
+    assert answer.usage == pb.Usage(prompt_tokens=2, completion_tokens=7, total_tokens=9, cached_tokens=1)
     assert answer.speculation == pb.SpeculationStats(
         rounds=3, drafted=12, accepted=5, mean_accepted_length=7 / 3, tokens_small=3, tokens_medium=2, tokens_target=2
     )
@@ -101,6 +101,22 @@ def test_load_names_each_replica_and_its_process(doors: Doors) -> None:
     (replica,) = doors.stub.GetLoad(pb.GetLoadRequest()).replicas
     assert replica.replica
     assert replica.worker_pids["target"] > 0
+    assert replica.stats.prompt_tokens == 40
+    assert dict(replica.stats.drafted) == {"small": 5, "medium": 3}
+    assert replica.governor.mode == "local"
+    assert dict(replica.governor.rows) == {1: 7, 4: 2}
+    assert replica.governor.expected_tokens_per_s == 120.0
+
+
+def test_priority_and_salt_reach_the_engine(doors: Doors) -> None:
+    request = pb.GenerateRequest(
+        prompt_token_ids=pb.TokenIds(ids=[Mode.ECHO]),
+        priority=-3,
+        cache_salt="mine",
+        sampling_params=pb.SamplingParams(),
+    )
+    with pytest.raises(grpc.RpcError, match="priority -3, salt 'mine'"):
+        doors.stub.Generate(request)
 
 
 def test_a_cancelled_stream_frees_the_session(doors: Doors) -> None:

@@ -10,6 +10,7 @@ import openai
 import pytest
 from doors.conftest import MAX_MODEL_LEN, MODEL, Doors, eventually
 from doors.fake_engine import VOCAB_SIZE, Mode, text_of
+from prometheus_client.parser import text_string_to_metric_families
 
 pytestmark = pytest.mark.cluster
 
@@ -42,7 +43,12 @@ def test_a_completion_carries_text_usage_seed_and_the_speculation_summary(doors:
     assert choice["finish_reason"] == "length"
     assert answer["object"] == "text_completion"
     assert answer["seed"] == 5
-    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 7, "total_tokens": 9}
+    assert answer["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 7,
+        "total_tokens": 9,
+        "prompt_tokens_details": {"cached_tokens": 1},
+    }
     assert answer["speculation"] == {
         "rounds": 3,
         "drafted": 12,
@@ -66,11 +72,46 @@ def test_stream_chunks_join_to_the_whole_answer_and_only_the_first_has_the_seed(
     assert not any("usage" in chunk for chunk in chunks)
 
 
+def test_priority_and_salt_reach_the_engine(doors: Doors) -> None:
+    answer = post(doors, prompt=[int(Mode.ECHO)], priority=7, cache_salt="mine")
+    assert answer.json()["error"]["message"] == "prompt: priority 7, salt 'mine'"
+
+
+def test_metrics_are_vllms_by_name_where_it_has_them(doors: Doors) -> None:
+    response = doors.http.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    samples = {
+        (
+            sample.name,
+            *(value for name, value in sorted(sample.labels.items()) if name not in ("engine", "model_name")),
+        ): sample
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
+    }
+    assert {sample.labels["model_name"] for sample in samples.values()} == {MODEL}
+    values = {name: sample.value for name, sample in samples.items()}
+    assert values["vllm:num_requests_running",] == 0
+    assert values["vllm:prompt_tokens_total",] == 40
+    assert values["vllm:spec_decode_num_draft_tokens_total",] == 8
+    assert values["paceline:drafted_tokens_total", "medium"] == 3
+    assert values["vllm:request_success_total", "stop"] == 2
+    assert [values["vllm:time_to_first_token_seconds_bucket", bound] for bound in ("0.1", "1.0", "+Inf")] == [3, 3, 4]
+    assert values["vllm:time_to_first_token_seconds_count",] == 4
+    assert values["vllm:time_to_first_token_seconds_sum",] == 5.5
+    assert values["paceline:steps_total", "4"] == 2
+    assert values["paceline:mode", "local"] == 1
+
+
 def test_include_usage_adds_one_chunk_without_choices(doors: Doors) -> None:
     chunks = events(doors, prompt="hello", max_tokens=6, stream_options={"include_usage": True})
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
     assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"] == {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
+    assert chunks[-1]["usage"] == {
+        "prompt_tokens": 5,
+        "completion_tokens": 6,
+        "total_tokens": 11,
+        "prompt_tokens_details": {"cached_tokens": 4},
+    }
 
 
 def test_without_a_seed_each_request_gets_its_own_and_learns_it(doors: Doors) -> None:

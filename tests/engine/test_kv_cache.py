@@ -111,6 +111,54 @@ def test_slots_run_out_come_back_empty_and_are_freed_once(kv):
     kv.check()
 
 
+def test_a_freed_slot_keeps_what_it_is_told_to_until_it_is_taken(kv):
+    slot = kv.allocate()
+    kv.add_scratch(rows(slot, [1, 2, 3], [-1, 0, 1]))
+    fill(kv, slot, 3)
+    kv.commit(slot, range(3))
+    with pytest.raises(ValueError, match="holds 3"):
+        kv.free(slot, keep=4)
+    kv.free(slot, keep=2)
+    kv.check()
+    with pytest.raises(ValueError, match="not free with 3"):
+        kv.allocate(slot, keep=3)
+    assert kv.allocate(slot, keep=2) == slot
+    assert kv.length(slot) == 2
+    assert kv.keys[0][slot, :2, 0, 0].tolist() == [100, 101]
+    with pytest.raises(ValueError, match="not free"):
+        kv.allocate(slot)
+    kv.free(slot)
+    assert kv.length(kv.allocate(slot)) == 0
+
+
+def test_a_copy_is_all_that_its_target_holds(kv):
+    source, target = kv.allocate(), kv.allocate()
+    kv.add_scratch(rows(source, [1, 2, 3], [-1, 0, 1]))
+    fill(kv, source, 3)
+    kv.commit(source, range(3))
+    kv.copy(source, target, 2)
+    assert kv.length(target) == 2
+    kv.free(source, keep=3)
+    kv.copy(source, target, 3)
+    for layer in (*kv.keys, *kv.values):
+        assert layer[target, :3, 0, 0].tolist() == [100, 101, 102]
+    for wrong in ((source, target, 4), (target, target, 1), (target, source, 1)):
+        with pytest.raises(ValueError, match=r"cannot give|not allocated"):
+            kv.copy(*wrong)
+    kv.check()
+
+
+def test_usage_counts_positions_of_owned_slots_only(kv):
+    slot = kv.allocate()
+    assert kv.usage == 0.0
+    kv.fill(slot, 9)
+    assert kv.usage == pytest.approx(9 / 36)
+    kv.free(slot, keep=9)
+    assert kv.usage == 0.0
+    with pytest.raises(ValueError, match="exceed the capacity"):
+        kv.fill(kv.allocate(), 13)
+
+
 def test_check_notices_a_leak_a_double_entry_and_an_impossible_length(kv):
     slot = kv.allocate()
     kv.check()

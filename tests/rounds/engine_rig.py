@@ -10,6 +10,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import torch
 from tiny import VOCAB
 
@@ -19,9 +20,9 @@ from cluster.core.errors import EngineFailed
 from cluster.core.types import GenerateRequest, ModelInfo, SamplingParams, StreamItem
 from cluster.engine.kv_cache import SlotRows
 from cluster.engine.rank import Rank
+from cluster.engine.step_cost import CostCurve
 from cluster.engine.verifier import Prefill, StepTimes, Verifier, Verify
 from cluster.rounds.detokenize import TextStream
-from cluster.rounds.governor import CostCurve
 from cluster.rounds.pipeline import Pipeline
 from cluster.rounds.scheduler import Scheduler
 from cluster.rounds.session import Limits, Phase
@@ -75,8 +76,9 @@ class PoisonedRank(Rank):
         logits = super().forward(batch, skip).clone()
         at = 0
         for rows in batch:
-            count = len(rows.tokens) if rows.logits is True else 0
-            if count and rows.tokens[0] == POISON:
+            wanted = rows.tokens[np.broadcast_to(rows.logits, len(rows.tokens))]
+            count = len(wanted)
+            if count and wanted[0] == POISON:
                 logits[at : at + count] = float("nan")
             at += count
         return logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -9,7 +10,7 @@ from fakes import FailingDrafter, ScriptedDrafter
 
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import Commit, SamplingParams, TreeKey, digest_of
-from cluster.rounds.draft_worker import DraftWorker
+from cluster.rounds.draft_worker import END_MEMORY_S, DraftWorker
 from cluster.rounds.messages import DraftAsk, DraftReply, SessionStart
 
 TOKENS = list(range(10, 60))
@@ -153,7 +154,8 @@ def test_a_drafter_that_raises_costs_its_own_session_only(where: str) -> None:
 
 def test_any_storm_of_lost_doubled_and_reordered_asks_ends_in_the_right_state() -> None:
     rng = random.Random(3)
-    host, drafter = worker()
+    drafter = ScriptedDrafter(lambda tokens, ask: TokenTree.chain([tokens[-1]], stage=1))
+    host = DraftWorker("small", drafter, clock=itertools.count().__next__)
     acked, base, pending = None, 5, []
     for _ in range(300):
         base = min(base + rng.randint(1, 3), len(TOKENS)) if base < len(TOKENS) else 5
@@ -170,3 +172,14 @@ def test_any_storm_of_lost_doubled_and_reordered_asks_ends_in_the_right_state() 
                 if "v/s" in drafter.tokens:
                     held = drafter.tokens["v/s"]
                     assert held == TOKENS[: len(held)]
+
+
+def test_a_start_that_its_sessions_end_has_overtaken_begins_nothing() -> None:
+    now = 0.0
+    drafter = ScriptedDrafter(lambda tokens, ask: TokenTree.chain([tokens[-1]], stage=1))
+    host = DraftWorker("small", drafter, clock=lambda: now)
+    host.end("v", "s")
+    assert host.draft("v", [start(5)]).reports[-1].resync == ("s",)
+    assert host.num_sessions == 0
+    now = END_MEMORY_S
+    assert host.draft("v", [start(5)]).trees["s"].key == key(5)

@@ -27,10 +27,10 @@ from tiny import VOCAB, save_tiny_llama
 from cluster.core.config import EngineConfig, ModelConfig, StageConfig
 from cluster.core.types import GenerateRequest, SamplingParams, Speculation
 from cluster.engine.rank import Rank, build_rank
+from cluster.engine.step_cost import CostCurve
 from cluster.engine.verifier import Verifier
 from cluster.rounds.detokenize import TextStream
 from cluster.rounds.draft_worker import DraftWorker
-from cluster.rounds.governor import CostCurve
 from cluster.rounds.pipeline import Pipeline
 from cluster.rounds.scheduler import Scheduler
 from cluster.rounds.session import Limits, Session

@@ -15,12 +15,14 @@ from cluster.core.errors import ConfigError, EngineFailed
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import GenerateRequest, Origin, SamplingParams, Speculation
 from cluster.engine.rank import Rank, build_rank
+from cluster.engine.step_cost import CostCurve
 from cluster.engine.verifier import Prefill, StepTimes, Verifier, Verify
 from cluster.rounds.detokenize import TextStream
 from cluster.rounds.draft_worker import DraftWorker
-from cluster.rounds.governor import CostCurve
+from cluster.rounds.drafting import EXPEDITION_GAP_S, EXPEDITION_S
+from cluster.rounds.modes import LOCAL, MIN_ROUNDS, PLAIN, REMOTE
 from cluster.rounds.pipeline import Pipeline
-from cluster.rounds.scheduler import LOCAL, PLAIN, REMOTE, Scheduler
+from cluster.rounds.scheduler import Scheduler
 from cluster.rounds.session import Limits, Session
 from drafters.base import Ask, Drafter
 
@@ -44,7 +46,8 @@ class CountingVerifier(Verifier):
     def step(
         self, prefills: Sequence[Prefill], verifies: Sequence[Verify]
     ) -> tuple[list[Accepted | EngineFailed], StepTimes]:
-        self.rows.append((sum(len(chunk.token_ids) for chunk in prefills), sum(len(v.tree) + 1 for v in verifies)))
+        prompts = sum(len(chunk.token_ids) for chunk in prefills) + sum(len(v.lead) for v in verifies)
+        self.rows.append((prompts, sum(len(v.tree) + 1 for v in verifies)))
         return super().step(prefills, verifies)
 
 
@@ -110,6 +113,37 @@ def test_a_prompt_is_read_at_a_fair_pace_beside_sessions_with_large_trees(rank: 
     rig.run()
 
 
+def test_a_prompt_alone_fills_its_steps_and_the_last_of_them_yields_the_first_token(rank: Rank) -> None:
+    rig = Rig(rank, max_rows=32)
+    session = rig.submit(range(2, 102))
+    for _ in range(4):
+        assert session.num_output == 0
+        rig.scheduler.step()
+    assert session.num_output == 1
+    assert rig.verifier.rows == [(32, 0), (32, 0), (32, 0), (3, 1)]
+    rig.run()
+
+
+def test_several_prompts_share_a_step(rank: Rank) -> None:
+    rig = Rig(rank, max_rows=32)
+    sessions = [rig.submit(range(2, 2 + length)) for length in (5, 7, 9)]
+    rig.scheduler.step()
+    assert [session.num_output for session in sessions] == [1, 1, 1]
+    assert rig.verifier.rows == [(4 + 6 + 8, 3)]
+    rig.run()
+
+
+@pytest.mark.parametrize(("slowdown", "rows"), [(1.0, 1), (2.0, 6), (4.0, 19)])
+def test_a_prompt_slows_running_sessions_no_further_than_allowed(rank: Rank, slowdown: float, rows: int) -> None:
+    rig = Rig(rank, curve=CostCurve((1, 64), (1.0, 10.765)), prefill_slowdown=slowdown)
+    rig.submit([3], tokens=60)
+    rig.scheduler.step()
+    rig.submit(range(2, 102))
+    rig.scheduler.step()
+    assert rig.verifier.rows[-1] == (rows, 1)
+    rig.run()
+
+
 def test_more_slots_than_rows_are_refused() -> None:
     with pytest.raises((ConfigError, ValueError), match="kv_slots"):
         EngineConfig(kv_slots=65, max_rows=64)
@@ -142,7 +176,7 @@ def test_stages_without_a_worker_are_not_measured(rank: Rank) -> None:
     rig = Rig(rank, ScriptedDrafter(always_wrong(VOCAB)), pipeline, governor="auto")
     rig.submit([3], tokens=200)
     rig.run()
-    assert set(rig.scheduler._modes.steps) == {LOCAL}
+    assert set(rig.scheduler.governor.modes.steps) == {LOCAL, PLAIN}
 
 
 def test_a_local_drafter_that_costs_more_than_it_brings_is_hardly_asked(rank: Rank) -> None:
@@ -167,8 +201,55 @@ def test_remote_stages_are_measured_once_they_hold_the_session(rank: Rank) -> No
     rig = Rig(rank, None, Pipeline(transport, ("small",), VOCAB, 16), governor="auto", draft_deadline_min_ms=100)
     rig.submit([3], tokens=200)
     rig.run()
-    assert set(rig.scheduler._modes.steps) == {PLAIN, REMOTE}
+    assert set(rig.scheduler.governor.modes.steps) == {PLAIN, REMOTE}
     transport.join()
+
+
+def test_who_waits_for_stages_it_named_holds_nobody_else_up(rank: Rank) -> None:
+    workers = {"small": DraftWorker("small", ScriptedDrafter(always_wrong(VOCAB)))}
+    transport = InProcessTransport(workers)
+    pipeline = Pipeline(transport, ("small",), VOCAB, 16)
+    waits = {"draft_deadline_min_ms": 400, "draft_deadline_max_ms": 400}
+    rig = Rig(rank, None, pipeline, governor="auto", **waits)
+    named = rig.submit([3], tokens=30, stages=("small",))
+    while not named.num_output or not pipeline.awaits(named.id, 60.0):
+        rig.scheduler.step()
+    transport.hung = {"small"}
+    transport.join()
+    rig.scheduler.step()  # takes the tree that is there, and asks again
+    free = rig.submit([4], tokens=100)
+    before = named.num_output
+    start = time.perf_counter()
+    while free.finish_reason is None and time.perf_counter() < start + 0.3:
+        rig.scheduler.step()
+    assert named.num_output == before
+    assert free.num_output > 1
+    rig.run()
+    assert (named.num_output, free.num_output) == (30, 100)
+
+
+def test_leases_are_opened_only_where_remote_stages_may_pay(rank: Rank) -> None:
+    workers = {"small": DraftWorker("small", ScriptedDrafter(always_wrong(VOCAB)))}
+    transport = InProcessTransport(workers)
+    transport.delay_s = (0.01, 0.01)
+    local = ScriptedDrafter(always_wrong(VOCAB))
+    rig = Rig(rank, local, Pipeline(transport, ("small",), VOCAB, 16), governor="auto", draft_deadline_min_ms=100)
+    rig.scheduler._drafting._expedition_s -= EXPEDITION_S  # the one that begins with the engine is over
+    rig.submit([3], tokens=250)
+    rig.run()
+    assert rig.scheduler.governor.modes.rounds[REMOTE] >= MIN_ROUNDS
+    calls = transport.calls
+    late = rig.submit([5], tokens=50)
+    rig.scheduler.step()
+    rig.scheduler.step()
+    assert not transport.ready(late.id, "small")
+    rig.scheduler._drafting._expedition_s -= EXPEDITION_GAP_S
+    rig.scheduler.step()
+    assert transport.ready(late.id, "small")
+    rig.run()
+    transport.join()
+    assert calls > 0
+    assert workers["small"].num_sessions == 0
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.weights, pytest.mark.cluster]
 
 PROMPT = "Repeat this sentence three times: the quick brown fox jumps over the lazy dog near the river bank."
 GREEDY = pb.SamplingParams(temperature=0.0, max_tokens=48)
+LONG = pb.SamplingParams(temperature=0.0, max_tokens=120, ignore_eos=True)  # for a medium stage to catch up in time
 SAMPLED = pb.SamplingParams(temperature=0.8, top_p=0.95, seed=7, max_tokens=48)
 STAGES = ("small", "medium")
 
@@ -44,7 +45,7 @@ def test_small_medium_and_target_are_processes_of_their_own_and_all_contribute(s
     seen: set[int] = set()
 
     def contributed() -> bool:
-        seen.update(service.stream(PROMPT, GREEDY, STAGES).origins)
+        seen.update(service.stream(PROMPT, LONG, STAGES).origins)
         return seen == {pb.ORIGIN_TARGET, pb.ORIGIN_SMALL, pb.ORIGIN_MEDIUM}
 
     assert eventually(contributed, 60)
@@ -62,10 +63,9 @@ def test_a_resumed_stream_goes_on_identically(service: RealService) -> None:
 
 
 def test_killing_the_medium_worker_in_mid_stream_changes_nothing_but_speed(service: RealService) -> None:
-    params = pb.SamplingParams(temperature=0.0, max_tokens=120, ignore_eos=True)
-    expected = service.stream(PROMPT, params, enabled=False)
-    assert eventually(lambda: pb.ORIGIN_MEDIUM in service.stream(PROMPT, GREEDY, STAGES).origins, 60)
-    quiet = service.stream(PROMPT, params, STAGES)
+    expected = service.stream(PROMPT, LONG, enabled=False)
+    assert eventually(lambda: pb.ORIGIN_MEDIUM in service.stream(PROMPT, LONG, STAGES).origins, 60)
+    quiet = service.stream(PROMPT, LONG, STAGES)
     assert quiet.token_ids == expected.token_ids
     victim = service.load().worker_pids["medium"]
     killed_at: list[float] = []
@@ -75,12 +75,12 @@ def test_killing_the_medium_worker_in_mid_stream_changes_nothing_but_speed(servi
             os.kill(victim, signal.SIGKILL)
             killed_at.append(time.monotonic())
 
-    disturbed = service.stream(PROMPT, params, STAGES, on_token=kill)
+    disturbed = service.stream(PROMPT, LONG, STAGES, on_token=kill)
     assert killed_at
     assert (disturbed.token_ids, disturbed.text) == (expected.token_ids, expected.text)
     step = max(expected.gaps)  # a step with this machine's noise in it
     assert max(disturbed.gaps) <= DEADLINE_S + 2 * step
-    revived = lambda: pb.ORIGIN_MEDIUM in service.stream(PROMPT, GREEDY, STAGES).origins  # noqa: E731
+    revived = lambda: pb.ORIGIN_MEDIUM in service.stream(PROMPT, LONG, STAGES).origins  # noqa: E731
     assert eventually(revived, 30)
     assert service.load().worker_pids["medium"] != victim
 

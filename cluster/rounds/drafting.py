@@ -1,0 +1,182 @@
+"""Where a round's guesses come from: the drafter in the engine's own thread, the remote stages, or nowhere.
+
+It keeps both informed about every session and asks them; which way is used, and whom it is worth asking for, are the
+governor's choices.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from cluster.core.config import EngineConfig
+from cluster.core.token_tree import TokenTree
+from cluster.core.types import Commit
+from cluster.rounds.governor import Governor
+from cluster.rounds.guard import GuardedDrafter
+from cluster.rounds.modes import LOCAL, MIN_ROUNDS, MIXED, PLAIN, REMOTE
+from cluster.rounds.pipeline import Pipeline
+from cluster.rounds.session import Session
+from drafters.base import Ask
+
+SPARE_NODES = 4  # asked for beyond twice what was verified of late
+WORTH_A_LEASE = 0.9  # of the fastest way's speed must remote stages reach for sessions to hold their workers
+EXPEDITION_GAP_S = 60.0  # else this often ...
+EXPEDITION_S = 5.0  # ... sessions get workers for so long, so that stages that became faster are found
+
+
+class Drafting:
+    """The sessions' drafters. Engine thread only; nothing here blocks longer than the deadline for trees."""
+
+    def __init__(
+        self, config: EngineConfig, governor: Governor, local: GuardedDrafter | None, pipeline: Pipeline | None
+    ) -> None:
+        self._usual = [LOCAL, PLAIN] if local is not None else [PLAIN]  # what the engine can do by itself
+        self.mode = self._usual[0]
+        self._config = config
+        self._governor = governor
+        self._local = local
+        self._pipeline = pipeline
+        self._asked: set[str] = set()  # sessions the local drafter was asked for in this round, by the gate's choice
+        self._nodes_of_late: dict[str, float] = {}
+        self._expedition_s = time.monotonic()
+
+    # --- sessions come and go
+
+    def begin(self, session: Session) -> None:
+        if self.cap(session) == 0:
+            return
+        if self._local is not None:
+            self._local.begin(session.id, session.tokens, session.params, session.prompt_len)
+        if self._pipeline is not None:
+            self._pipeline.open(session, session.request.speculation.stages or ())
+
+    def end(self, session: Session) -> None:
+        if self._local is not None:
+            self._local.end(session.id)
+        if self._pipeline is not None:
+            self._pipeline.close(session.id)
+        self._governor.forget(session.id)
+        self._nodes_of_late.pop(session.id, None)
+
+    # --- the round
+
+    def ready(self, decoding: Sequence[Session], busy: bool) -> list[Session]:
+        """Those to be in the next step. Who waits for stages that its client named does not hold the others up.
+
+        busy: whether the step has prompts to read, so that nobody else need be in it.
+        """
+        if self._pipeline is None or self._governor.always:
+            return list(decoding)
+        pipeline, patience = self._pipeline, self._deadline(max(1, len(decoding)), None)
+        now = [s for s in decoding if not s.request.speculation.stages or not pipeline.awaits(s.id, patience)]
+        return now if now or busy else list(decoding)
+
+    def guess(self, sessions: Sequence[Session], context: float) -> list[TokenTree]:
+        """One tree per session, within its own limits: the remote stages' where it came in time, else a local guess."""
+        self._asked = set()
+        found: dict[str, TokenTree] = {}
+        if self._pipeline is not None and sessions:
+            found = self._pipeline.collect(sessions, self._deadline(len(sessions), context))
+        caps = {session.id: self.cap(session) for session in sessions}
+        if self._local is not None:
+            free = [s for s in sessions if s.id not in found and caps[s.id] > 0 and self._may_ask_local(s)]
+            found |= self._ask_local(self._local, free, caps, context)
+        return [
+            found[session.id].prune(caps[session.id], session.max_depth) if session.id in found else TokenTree.empty()
+            for session in sessions
+        ]
+
+    def verified(self, session: Session, nodes: int, accepted: int, price: float) -> None:
+        """Of a session's guesses so many were verified, and accepted; ``price``: tokens that their rows cost."""
+        if session.id in self._asked:
+            self._governor.gate.observe(session.id, accepted - price)
+            late = self._nodes_of_late.get(session.id, float(self._config.max_nodes))
+            self._nodes_of_late[session.id] = max(nodes, late + 0.2 * (nodes - late))
+
+    def ask(self, commits: Sequence[tuple[Session, Commit]]) -> None:
+        """Tell the local drafter what was committed, and ask the remote stages where the next round shall use them."""
+        if self._local is not None:
+            for session, commit in commits:
+                self._local.commit(session.id, commit.token_ids)
+        free = {session.id for session, _ in commits if engine_chooses(session) and self.cap(session) > 0}
+        mode = self._choose_mode(free) if free else self.mode
+        if self._pipeline is not None:
+            if free and self._worth_leases():
+                for session_id in free:
+                    self._pipeline.lease(session_id, self._pipeline.stages)
+            default = self._pipeline.stages if mode == REMOTE else ()
+            under_way = self._pipeline.ask(
+                [(s, s.request.speculation.stages or default, cap) for s, _ in commits if (cap := self.cap(s)) > 0]
+            )
+            if mode == REMOTE and not free <= under_way:
+                # Stages that are not ready yet are not measured, neither as fast nor as slow.
+                mode = MIXED if free & under_way else self._fallback()
+        self.mode = mode
+
+    def cap(self, session: Session) -> int:
+        """Nodes the session's tree may have."""
+        wish = session.request.speculation
+        if not wish.enabled or session.max_depth <= 0:
+            return 0
+        return self._config.max_nodes if wish.max_nodes is None else min(wish.max_nodes, self._config.max_nodes)
+
+    def _choose_mode(self, free: set[str]) -> str:
+        """Where the sessions that leave it to the engine shall get their next guesses from."""
+        reachable = self._pipeline is not None and (self._governor.always or self._pipeline.reachable(free))
+        if self._governor.always:
+            return REMOTE if reachable else self._usual[0]
+        return self._governor.modes.choose([*self._usual, REMOTE] if reachable else self._usual)
+
+    def _worth_leases(self) -> bool:
+        """Whether sessions shall hold workers of the remote stages: they pay, nothing is known yet, or it is time."""
+        modes, now = self._governor.modes, time.monotonic()
+        if now - self._expedition_s > EXPEDITION_GAP_S:
+            self._expedition_s = now
+        fastest = max(map(modes.speed, modes.steps), default=0.0)
+        unknown = self._governor.always or modes.rounds[REMOTE] < MIN_ROUNDS
+        return unknown or modes.speed(REMOTE) >= WORTH_A_LEASE * fastest or now - self._expedition_s < EXPEDITION_S
+
+    def _fallback(self) -> str:
+        return self._usual[0] if self._governor.always else self._governor.modes.best(self._usual)
+
+    def _may_ask_local(self, session: Session) -> bool:
+        """Whether the client named the local drafter's stage, or left the choice to the engine, which guesses now."""
+        stages = session.request.speculation.stages
+        if stages is None:
+            return self.mode != PLAIN
+        return self._local is not None and self._local.stage.name.lower() in stages
+
+    def _ask_local(
+        self, local: GuardedDrafter, sessions: Sequence[Session], caps: Mapping[str, int], context: float
+    ) -> dict[str, TokenTree]:
+        if not sessions:
+            return {}
+        gate, always = self._governor.gate, self._governor.always
+        chosen = {session.id for session in sessions if always or not engine_chooses(session)}
+        open_to_choice = [session.id for session in sessions if session.id not in chosen]
+        chosen |= gate.choose(open_to_choice, self._governor.token_seconds(len(sessions), context))
+        asks = [Ask(s.id, self._ask_size(s, caps[s.id]), s.max_depth) for s in sessions if s.id in chosen]
+        if not asks:
+            return {}
+        start = time.perf_counter()
+        trees = local.propose(asks, {})
+        gate.asked(len(asks), time.perf_counter() - start)
+        self._asked = chosen.intersection(open_to_choice)
+        return trees
+
+    def _ask_size(self, session: Session, cap: int) -> int:
+        """No more than may be verified, going by what was of late: a larger tree takes longer to make."""
+        if self._governor.always or session.id not in self._nodes_of_late:
+            return cap
+        return min(cap, SPARE_NODES + int(2 * self._nodes_of_late[session.id]))
+
+    def _deadline(self, sessions: int, context: float | None) -> float:
+        config = self._config
+        wait = 1e3 * config.draft_deadline_steps * self._governor.cost.at(sessions, context)
+        return max(config.draft_deadline_min_ms, min(config.draft_deadline_max_ms, wait)) / 1e3
+
+
+def engine_chooses(session: Session) -> bool:
+    """Whether where guesses come from is left to the engine."""
+    return session.request.speculation.enabled and session.request.speculation.stages is None

@@ -1,0 +1,92 @@
+"""Where guesses come from: the engine's own drafter, remote stages, or nowhere; whichever is fastest.
+
+A mode's speed is measured, with everything it costs: waiting, calls, a slower step. The others are looked at again as
+long as looks are cheap.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+PLAIN, LOCAL, REMOTE, MIXED = "plain", "local", "remote", "mixed"
+"""Mixed rounds, in which only some sessions' stages were ready, are measured for none."""
+
+HYSTERESIS = 1.05  # another mode must be faster than the one in use by this factor
+PLAIN_HANDICAP = 0.93  # the usual way comes down to plain decoding by itself where guesses do not pay
+MIN_ROUNDS = 6  # measured rounds before a mode's speed counts ...
+USUAL_ROUNDS = 64  # ... and before the usual one's does, which learns in its first rounds what guesses are worth
+LOOK_GAP = 48  # rounds between two looks at modes not in use, at least
+LOOK_ROUNDS = 4  # how long a look is; its first round only brings the drafters up to date
+LOOK_COST = 0.01  # share of the time that looks may cost
+MEMORY = 0.995  # of a mode's earlier rounds is left after one more: how much guesses win varies from round to round
+RECENT = 0.998  # what counts as "the time" fades by this much a round
+
+
+@dataclass(slots=True)
+class ModeChooser:
+    """Speed is relative to plain decoding of as many sessions, so that modes compare although load changes."""
+
+    tokens: dict[str, float] = field(default_factory=dict)
+    steps: dict[str, float] = field(default_factory=dict)
+    rounds: Counter[str] = field(default_factory=Counter)
+    in_use: str = ""
+    last: str = ""
+    looking_at: str = ""
+    look_left: int = 0
+    rounds_since_look: int = 0
+    num_looks: int = 0
+    spent: float = 0.0
+    lost: float = 0.0
+
+    def observe(self, mode: str, tokens: float, steps: float) -> None:
+        """A round in ``mode`` yielded ``tokens`` per session and took as long as ``steps`` plain steps."""
+        fastest = max(self.steps, key=self.speed, default=mode)
+        self.spent = RECENT * self.spent + steps
+        self.lost *= RECENT
+        if mode != fastest and self.speed(fastest) > 0.0:
+            self.lost = max(0.0, self.lost + steps - tokens / self.speed(fastest))
+        switched, self.last = mode != self.last, mode
+        if not switched:
+            self.tokens[mode] = MEMORY * self.tokens.get(mode, 0.0) + tokens
+            self.rounds[mode] += 1
+            self.steps[mode] = MEMORY * self.steps.get(mode, 0.0) + steps
+
+    def choose(self, modes: Sequence[str]) -> str:
+        """The best of ``modes``, or another that is due for a look."""
+        best = self.best(modes)
+        if self.rounds[best] >= MIN_ROUNDS:
+            self.in_use = best
+        others = [mode for mode in modes if mode != best]
+        if self.look_left and self.looking_at in modes:
+            self.look_left -= 1
+            return self.looking_at
+        self.rounds_since_look += 1
+        due = self.rounds_since_look >= LOOK_GAP and self.lost <= LOOK_COST * self.spent
+        if not others or not due:
+            return best
+        self.looking_at = others[self.num_looks % len(others)]
+        self.num_looks += 1
+        self.look_left, self.rounds_since_look = LOOK_ROUNDS - 1, 0
+        return self.looking_at
+
+    def best(self, modes: Sequence[str]) -> str:
+        """A mode hardly measured, else the fastest; the one in use (at first ``modes[0]``) must be clearly beaten."""
+        usual, *others = modes
+        if self.rounds[usual] < USUAL_ROUNDS:
+            return usual
+        unseen = [mode for mode in others if self.rounds[mode] < MIN_ROUNDS]
+        if unseen:
+            return unseen[0]
+        kept = self.in_use if self.in_use in modes else usual
+
+        def value(mode: str) -> float:
+            handicap = PLAIN_HANDICAP if mode == PLAIN and mode != usual else 1.0
+            return self.speed(mode) * handicap * (HYSTERESIS if mode == kept else 1.0)
+
+        return max(modes, key=value)
+
+    def speed(self, mode: str) -> float:
+        """Tokens per session and plain step of late; 0 where the mode was never measured."""
+        return self.tokens.get(mode, 0.0) / self.steps[mode] if self.steps.get(mode) else 0.0

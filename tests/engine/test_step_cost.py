@@ -1,0 +1,78 @@
+"""The cost curve: measured, kept on disk, and believed only while it holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from itertools import pairwise
+
+import pytest
+
+from cluster.engine import step_cost
+from cluster.engine.step_cost import CostCurve, curve_path, kept_curve, load_curve, measure_steps
+
+
+@pytest.fixture
+def rank(make_model, make_rank):
+    return make_rank(make_model("llama")[1], num_slots=2, capacity=160, scratch=32)
+
+
+def test_a_curve_covers_all_widths_never_falls_and_gives_its_slot_back(rank):
+    curve = measure_steps(rank, 32)
+    assert (curve.rows[0], curve.rows[-1]) == (1, 32)
+    assert curve.seconds[0] > 0
+    for series in (curve.seconds, curve.slopes):
+        assert len(series) == len(curve.rows)
+        assert all(a <= b for a, b in pairwise(series))
+    assert rank.kv.num_free == rank.kv.num_slots
+    rank.kv.check()
+
+
+def test_context_is_paid_for_by_the_slope():
+    curve = CostCurve((1, 4), (1.0, 2.0), (0.01, 0.02), context=50)
+    assert curve.at(1) == curve.at(1, 50) == 1.0
+    assert curve.at(4, 150) == pytest.approx(4.0)
+    assert CostCurve((1, 4), (1.0, 2.0)).at(4, 1000) == 2.0
+
+
+def test_a_kept_curve_is_read_back_while_it_holds(rank, tmp_path, monkeypatch):
+    path = tmp_path / "curve.json"
+    reports: list[str] = []
+    first = kept_curve(rank, 32, path, reports.append)
+    assert len(reports) == 1
+    assert load_curve(path) == first
+    monkeypatch.setattr(step_cost, "still_holds", lambda rank, curve: True)
+    assert kept_curve(rank, 32, path, reports.append) == first
+    assert len(reports) == 1
+    kept_curve(rank, 16, path, reports.append)
+    assert len(reports) == 2
+
+
+def test_a_kept_curve_that_the_machine_contradicts_is_measured_anew(rank, tmp_path):
+    path = tmp_path / "curve.json"
+    curve = measure_steps(rank, 32)
+    path.write_text(json.dumps(asdict(replace(curve, seconds=tuple(100 * s for s in curve.seconds)))))
+    assert kept_curve(rank, 32, path).seconds[-1] < 50 * curve.seconds[-1]
+    assert load_curve(path).seconds[-1] < 50 * curve.seconds[-1]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": 1}', "\x00"])
+def test_a_file_that_is_no_curve_is_as_good_as_none(tmp_path, text):
+    path = tmp_path / "curve.json"
+    assert load_curve(path) is None
+    path.write_text(text)
+    assert load_curve(path) is None
+
+
+def test_the_path_tells_what_the_curve_depends_on(make_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path))
+    folders = [make_model("llama")[1], make_model("qwen2")[1]]
+    base = (folders[0], "bfloat16", "native", 2)
+    others = [
+        (folders[1], "bfloat16", "native", 2),
+        (folders[0], "float32", "native", 2),
+        (folders[0], "bfloat16", "torch", 2),
+        (folders[0], "bfloat16", "native", 1),
+    ]
+    assert curve_path(*base) == curve_path(*base)
+    assert len({curve_path(*key) for key in [base, *others]}) == 5
