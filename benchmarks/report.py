@@ -50,7 +50,8 @@ def markdown(summary: Summary) -> str:
             found = _cells(summary, concurrency, temperature)
             if found:
                 title = f"### {concurrency} at once"
-                parts += [title, detail_table(found, settings["baseline"]), f"{title}, by category", category_table(found)]
+                parts += [title, detail_table(found, settings["baseline"])]
+                parts += [f"{title}, by category", category_table(found)]
     if summary["steps"]:
         parts += ["## Steps beside the memory limit", step_time.table(summary["steps"])]
     if summary["unavailable"]:

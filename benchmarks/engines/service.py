@@ -105,7 +105,8 @@ class _OwnService:
         os.chdir(self._folder)  # `deployments.up` keeps its state and logs below the current folder
         try:
             up.prepare(document)
-            up.deploy(file, up.start_ray())
+            up.deploy(file, {application["name"] for application in document["applications"]}, up.start_ray())
+            up.wait_until_serving(self.address)
         except up.SetupError as error:
             self.stop()
             raise Unavailable(f"the service does not start: {error}") from error

@@ -3,9 +3,9 @@
     python -m benchmarks.engines.worker --engine FAMILY < requests > replies
 
 Runs in a peer's environment as well, so nothing heavy is imported before the family's own module. The first line in
-is the ``Setup``, the first line out {"ready": versions} or {"unavailable": reason}. Later ones answer {"generate": ask},
-{"counters": engine}, {"processes": true} and {"probe": true}, with {"error": text} where that fails. The worker ends
-when its input does.
+is the ``Setup``, the first line out {"ready": versions} or {"unavailable": reason}. Later ones answer
+{"generate": ask}, {"counters": engine}, {"processes": true} and {"probe": true}, with {"error": text} where that fails.
+The worker ends when its input does.
 """
 
 from __future__ import annotations

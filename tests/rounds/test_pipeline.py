@@ -138,7 +138,7 @@ def test_every_second_reply_lost_or_doubled_still_gives_only_right_trees() -> No
 
 def test_a_worker_that_lost_the_session_is_sent_it_again() -> None:
     rig = Rig()
-    rig.transport.workers["medium"].end("test", rig.session.id)
+    rig.transport.workers["medium"]._end(f"test/{rig.session.id}")
     rig.now += 2.0  # the start was sent a moment ago
     tree = rig.round()  # small still holds it
     assert tree is not None
