@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CONFIG ?= deployments/configs/cpu.yaml
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: help run stop status test test-slow check format protos clean
+.PHONY: help run stop status test test-slow bench check format protos clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -32,6 +32,12 @@ test: $(VENV)/.installed  ## the fast tests (under ten minutes on two cores)
 
 test-slow: $(VENV)/.installed  ## the tests that take longer
 	$(BIN)/pytest -m slow
+
+bench: $(VENV)/.installed  ## measure beside vLLM, transformers and llama.cpp: make bench PROMPTS=FILE.jsonl [BENCH="--limit 26"]
+	@test -n "$(PROMPTS)" || { echo "PROMPTS=FILE.jsonl is missing: see docs/benchmarks.md"; exit 1; }
+	$(BIN)/pip install --quiet -e '.[bench]'
+	bash benchmarks/setup_peers.sh
+	$(BIN)/python -m benchmarks.side_by_side --prompts $(PROMPTS) $(BENCH)
 
 check: $(VENV)/.installed  ## style, types, generated code up to date, import direction
 	$(BIN)/ruff check .

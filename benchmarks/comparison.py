@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.engines import ENGINES
 from benchmarks.engines.base import Answer, Ask, Prompt, Unavailable
@@ -14,6 +15,7 @@ from benchmarks.engines.process import Worker
 from benchmarks.prompts import Question, chunks
 
 WARM_UP_TOKENS = 32
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,15 @@ class Plan:
     max_tokens: int
     concurrencies: Sequence[int]
     temperatures: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One chunk, answered. ``counters``: what the engine's own counters gained meanwhile."""
+
+    answers: list[Answer]
+    seconds: float
+    counters: dict[str, float]
 
 
 class Comparison:
@@ -54,12 +65,13 @@ class Comparison:
     def _warm_up(self, engine: str, questions: Sequence[Question], concurrency: int, temperature: float) -> None:
         tokens = min(WARM_UP_TOKENS, self._plan.max_tokens)
         start = time.perf_counter()
-        answers = self._ask(engine, questions, concurrency, temperature, tokens, "warm-up")
-        seconds = time.perf_counter() - start
+        turn = self._take_turn(_ask(engine, questions, concurrency, temperature, tokens, "warm-up"))
+        if turn is None:
+            return
         share = len(questions) / len(self._plan.questions)
-        self._seconds += seconds * self._plan.max_tokens / tokens / share
-        found = sum(len(answer.token_ids) for answer in answers)
-        _say(f"warm-up: {engine:22} {concurrency:2} at once, T={temperature:g}: {found / seconds:7.1f} tokens/s")
+        self._seconds += (time.perf_counter() - start) * self._plan.max_tokens / tokens / share
+        speed = sum(len(answer.token_ids) for answer in turn.answers) / turn.seconds
+        _say(f"warm-up: {engine:22} {concurrency:2} at once, T={temperature:g}: {speed:7.1f} tokens/s")
 
     def run(self, number: int) -> None:
         """Every engine on every prompt, at every concurrency and temperature; the order of the engines rotates."""
@@ -73,7 +85,7 @@ class Comparison:
                     for engine in engines[at:] + engines[:at]:
                         self._measure(number, engine, part, concurrency, temperature)
         for engine in list(self._workers):
-            self._guarded(engine, lambda worker, name=engine: self._memory(name, worker))
+            self._guarded(engine, functools.partial(self._memory, engine))
 
     def _able(self, concurrency: int) -> list[str]:
         return [name for name in self._workers if (ENGINES[name].max_concurrency or concurrency) >= concurrency]
@@ -81,26 +93,15 @@ class Comparison:
     def _measure(
         self, run: int, engine: str, questions: Sequence[Question], concurrency: int, temperature: float
     ) -> None:
-        before = self._counters(engine)
-        start = time.perf_counter()
         salt = f"run {run} {engine} {concurrency} at once, T={temperature:g}"
-        answers = self._ask(engine, questions, concurrency, temperature, self._plan.max_tokens, salt)
-        seconds = time.perf_counter() - start
-        if not answers:
+        turn = self._take_turn(_ask(engine, questions, concurrency, temperature, self._plan.max_tokens, salt))
+        if turn is None:
             return
-        after = self._counters(engine)
         cell = {"run": run, "engine": engine, "concurrency": concurrency, "temperature": temperature}
-        self._record(
-            {
-                "kind": "chunk",
-                **cell,
-                "tokens": sum(len(answer.token_ids) for answer in answers),
-                "seconds": seconds,
-                "counters": {name: after[name] - before.get(name, 0.0) for name in after},
-            }
-        )
+        tokens = sum(len(answer.token_ids) for answer in turn.answers)
+        self._record({"kind": "chunk", **cell, "tokens": tokens, "seconds": turn.seconds, "counters": turn.counters})
         categories = {question.index: question.category for question in questions}
-        for answer in sorted(answers, key=lambda answer: answer.index):
+        for answer in sorted(turn.answers, key=lambda answer: answer.index):
             self._record(
                 {
                     "kind": "answer",
@@ -126,32 +127,26 @@ class Comparison:
             self._record({"kind": "mismatch", "text": text})
             _say(f"error: {text}")
 
-    def _ask(
-        self,
-        engine: str,
-        questions: Sequence[Question],
-        concurrency: int,
-        temperature: float,
-        max_tokens: int,
-        salt: str,
-    ) -> list[Answer]:
-        prompts = tuple(Prompt(question.index, question.token_ids) for question in questions)
-        ask = Ask(engine, prompts, concurrency, temperature, max_tokens, salt)
-        return self._guarded(engine, lambda worker: worker.generate(ask)) or []
+    def _take_turn(self, ask: Ask) -> Turn | None:
+        def turn(worker: Worker) -> Turn:
+            before = worker.counters(ask.engine)
+            start = time.perf_counter()
+            answers = worker.generate(ask)
+            seconds = time.perf_counter() - start
+            after = worker.counters(ask.engine)
+            return Turn(answers, seconds, {name: after[name] - before.get(name, 0.0) for name in after})
 
-    def _counters(self, engine: str) -> dict[str, float]:
-        return self._guarded(engine, lambda worker: worker.counters(engine)) or {}
+        return self._guarded(ask.engine, turn)
 
     def _memory(self, engine: str, worker: Worker) -> None:
         self._record({"kind": "memory", "engine": engine, "peak_rss_mb": round(worker.peak_rss_mb())})
 
     def _probe(self, run: int) -> None:
         for worker in dict.fromkeys(self._workers.values()):
-            found = self._guarded(worker.engines[0], lambda worker: worker.probe())
-            if found:
+            if found := self._guarded(worker.engines[0], lambda worker: worker.probe()):
                 self._record({"kind": "probe", "run": run, **found})
 
-    def _guarded(self, engine: str, call: Callable[[Worker], Any]) -> Any:
+    def _guarded(self, engine: str, call: Callable[[Worker], T]) -> T | None:
         """``call`` on the engine's worker, awake; None where the engine is not, or no longer, available."""
         worker = self._workers.get(engine)
         if worker is None:
@@ -167,6 +162,13 @@ class Comparison:
             return None
         finally:
             worker.pause()
+
+
+def _ask(
+    engine: str, questions: Sequence[Question], concurrency: int, temperature: float, max_tokens: int, salt: str
+) -> Ask:
+    prompts = tuple(Prompt(question.index, question.token_ids) for question in questions)
+    return Ask(engine, prompts, concurrency, temperature, max_tokens, salt)
 
 
 def _say(text: str) -> None:

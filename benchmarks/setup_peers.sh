@@ -4,7 +4,8 @@
 #   bash benchmarks/setup_peers.sh [FOLDER] [vllm] [llama_cpp]
 #
 # FOLDER defaults to ~/.cache/paceline/peers; without names both are made. About 3 GB, and half an hour on two cores:
-# llama.cpp and Arctic Inference's suffix decoding are compiled for this machine. Making one again leaves out what is there.
+# llama.cpp and Arctic Inference's suffix decoding are compiled for this machine. What this version of the script has
+# made is not made again.
 set -euo pipefail
 
 PYTHON=${PYTHON:-python3.11}
@@ -60,7 +61,13 @@ make_llama_cpp() {
 mkdir -p "$FOLDER"
 for peer in $PEERS; do
   case $peer in
-    vllm | llama_cpp) echo "== $peer: $FOLDER/$peer"; "make_$peer" ;;
+    vllm | llama_cpp)
+      stamp="$FOLDER/$peer/.made"
+      cmp --quiet "$0" "$stamp" && continue
+      echo "== $peer: $FOLDER/$peer"
+      "make_$peer"
+      cp "$0" "$stamp"
+      ;;
     *) echo "unknown peer $peer: vllm or llama_cpp" >&2; exit 2 ;;
   esac
 done

@@ -40,10 +40,9 @@ def paired_ratio(speeds: npt.NDArray[np.float64], baseline: npt.NDArray[np.float
     logs = np.log(speeds) - np.log(baseline)
     prompts, runs = logs.shape
     random = np.random.default_rng(seed)
-    means = [
-        np.median(logs[random.integers(prompts, size=prompts)][:, random.integers(runs, size=runs)], axis=1).mean()
-        for _ in range(RESAMPLES)
-    ]
+    some_prompts = random.integers(prompts, size=(RESAMPLES, prompts, 1))
+    some_runs = random.integers(runs, size=(RESAMPLES, 1, runs))
+    means = np.median(logs[some_prompts, some_runs], axis=2).mean(axis=1)
     low, high = np.exp(np.percentile(means, [2.5, 97.5]))
     return Ratio(float(np.exp(np.median(logs, axis=1).mean())), float(low), float(high))
 
@@ -92,8 +91,9 @@ def throughput(chunks: Sequence[Record]) -> dict[str, Any]:
 
 def accepted_length(answers: Sequence[Record], chunks: Sequence[Record]) -> float | None:
     """Tokens a round, bonus included; None where the engine does not tell its rounds."""
-    if all(answer["rounds"] for answer in answers):
-        return round(sum(answer["tokens"] for answer in answers) / sum(answer["rounds"] for answer in answers), 3)
+    rounds = [int(answer["rounds"] or 0) for answer in answers]
+    if all(rounds):
+        return round(sum(int(answer["tokens"]) for answer in answers) / sum(rounds), 3)
     gained = _gained(chunks)
     if gained["tokens"]:
         return round(gained["tokens"] / (gained["tokens"] - gained["accepted"]), 3)

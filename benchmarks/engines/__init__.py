@@ -13,14 +13,14 @@ from dataclasses import dataclass
 class Family:
     """``peer``: the virtual environment its workers run in, none for this project's own.
 
-    ``one_worker``: its engines share one process, and with it the weights. ``pausable``: workers may be stopped by
-    signal while others run. ``ours``: its engines promise the same token ids as plain decoding.
+    ``one_worker``: its engines share one process, and with it the weights. ``cluster``: the worker is only a client of
+    processes outside its session. ``ours``: its engines promise the same token ids as plain decoding.
     """
 
     module: str
     peer: str | None = None
     one_worker: bool = False
-    pausable: bool = True
+    cluster: bool = False
     ours: bool = False
 
 
@@ -34,7 +34,7 @@ class Kind:
 
 
 OURS = Family("ours", one_worker=True, ours=True)
-SERVICE = Family("service", one_worker=True, pausable=False, ours=True)
+SERVICE = Family("service", one_worker=True, cluster=True, ours=True)
 TRANSFORMERS = Family("transformers")
 VLLM = Family("vllm", peer="vllm")
 LLAMA_CPP = Family("llama_cpp", peer="llama_cpp")

@@ -42,7 +42,10 @@ class Setup:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Setup:
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+        }
+        return cls(**values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,7 @@ class Engine(Protocol):
         ...
 
     def processes(self) -> list[int]:
-        """Process ids outside the worker's own Unix session that belong to the engine."""
+        """Process ids outside the worker's own Unix session that belong to the engine, and may be stopped by signal."""
         ...
 
     def probe(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Loaded(Defaults):
         from llama_cpp import Llama
         from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
-        class CountingLlama(Llama):  # type: ignore[misc, no-any-unimported]
+        class CountingLlama(Llama):  # type: ignore[misc]
             """Counts its forward passes: the rounds of prompt lookup."""
 
             passes = 0

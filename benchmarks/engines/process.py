@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LOAD_TIMEOUT_S = 1800.0  # compiling a model on two slow cores takes minutes
 ASK_TIMEOUT_S = 1800.0
 END_TIMEOUT_S = 5.0
-SERVICE_END_TIMEOUT_S = 60.0  # a service takes its cluster down first
+CLUSTER_END_TIMEOUT_S = 60.0  # it is taken down first
+SETTLE_S = 2.0  # a cluster that was stopped catches up on health checks first
 
 
 class Worker:
@@ -33,11 +35,12 @@ class Worker:
         self.engines = setup.engines
         self.log = log
         self._left = b""
+        self._stopped: list[int] = []
         module = importlib.import_module(f"benchmarks.engines.{family.module}")
         environment = module.environment(setup) if hasattr(module, "environment") else {}
         python = peer_python(setup.peers, family.peer) if family.peer else sys.executable
         command = [python, "-m", "benchmarks.engines.worker", "--engine", family.module]
-        if family.pausable:
+        if not family.cluster:
             command.append("--dies-with-parent")
         with log.open("w") as stderr:
             self._process = subprocess.Popen(
@@ -72,30 +75,42 @@ class Worker:
         return probe
 
     def pause(self) -> None:
-        if self.family.pausable:
-            self._signal(signal.SIGSTOP)
+        """Stop every process of the engine; it costs no time while others run. Without effect once it has failed."""
+        if not self.family.cluster:
+            return self._signal(signal.SIGSTOP)
+        with contextlib.suppress(Unavailable):
+            self._stopped = self._processes()
+            _signal_all(self._stopped, signal.SIGSTOP)
 
     def resume(self) -> None:
-        if self.family.pausable:
-            self._signal(signal.SIGCONT)
+        self._signal(signal.SIGCONT)
+        if self._stopped:
+            _signal_all(self._stopped, signal.SIGCONT)
+            self._stopped = []
+            time.sleep(SETTLE_S)
 
     def peak_rss_mb(self) -> float:
         """Greatest resident size so far, summed over the engine's processes; shared pages count in each of them."""
-        processes = [*session_members(self._process.pid), *self._call({"processes": True})["processes"]]
-        return sum(map(_peak_rss_mb, processes))
+        return sum(map(_peak_rss_mb, [*session_members(self._process.pid), *self._processes()]))
 
     def end(self) -> None:
         """Let it end by itself; kill its session where it does not."""
         with contextlib.suppress(BrokenPipeError):
             self._signal(signal.SIGCONT)
+            _signal_all(self._stopped, signal.SIGCONT)
             if self._process.stdin:
                 self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(END_TIMEOUT_S if self.family.pausable else SERVICE_END_TIMEOUT_S)
+            self._process.wait(CLUSTER_END_TIMEOUT_S if self.family.cluster else END_TIMEOUT_S)
         self._signal(signal.SIGKILL)
         self._process.wait()
         if self._process.stdout:
             self._process.stdout.close()
+
+    def _processes(self) -> list[int]:
+        """The engine's processes outside the worker's session."""
+        processes: list[int] = self._call({"processes": True})["processes"]
+        return processes
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -129,6 +144,12 @@ class Worker:
         line, _, self._left = self._left.partition(b"\n")
         message: dict[str, Any] = json.loads(line)
         return message
+
+
+def _signal_all(processes: Sequence[int], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
 
 
 def _peak_rss_mb(process: int) -> float:

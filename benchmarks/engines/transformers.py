@@ -83,7 +83,7 @@ class Loaded(Defaults):
         """Compile the decoding step for every cache size that the prompts will want."""
         from transformers import CompileConfig
 
-        CompileConfig._compile_all_devices = True  # type: ignore[assignment]  # by itself, generate compiles on GPUs only
+        CompileConfig._compile_all_devices = True  # by itself, generate compiles on GPUs only
         self._compile_config = CompileConfig(dynamic=False, mode=None, options=COMPILE_OPTIONS)
         self._caches: dict[int, Any] = {}
         for length in sorted({self._bucket(length) for length in self._setup.lengths}):

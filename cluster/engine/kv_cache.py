@@ -134,7 +134,7 @@ class KVCache:
         state = self._owned(target)
         if source == target or not 0 <= length <= self._slots[source].length:
             raise ValueError(f"slot {source} cannot give {length} positions to slot {target}")
-        self._data[:, :, target, :length] = self._data[:, :, source, :length]
+        self._bits[:, :, target, :length] = self._bits[:, :, source, :length]
         state.length, state.paths = length, []
 
     def fill(self, slot: int, length: int) -> None:

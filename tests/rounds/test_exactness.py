@@ -241,8 +241,10 @@ def test_remote_stages_under_every_transport_fault(
     transport.dead = {"medium"} if fault == "dead" else set()
     transport.hung = {"medium"} if fault == "hung" else set()
     pipeline = Pipeline(transport, ("small", "medium"), VOCAB, 12)
+    # Where nothing is wrong no answer may be late, however busy the machine: the test asks for guesses then.
+    wait = 10_000 if fault == "none" else 30
     for params in (GREEDY, SAMPLED):
-        sessions = rig.run(requests(params), None, pipeline, draft_deadline_min_ms=30, draft_deadline_max_ms=30)
+        sessions = rig.run(requests(params), None, pipeline, draft_deadline_min_ms=wait, draft_deadline_max_ms=wait)
         assert outputs(sessions) == expected[params]
         transport.join()
     if fault == "none":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from service_rig import APP, DEADLINE_S, DRAFTERS, ENGINE, MODEL, RealService
 
 from protos import generation_pb2_grpc
@@ -35,14 +37,20 @@ def service(ray_cluster) -> Iterator[RealService]:  # type: ignore[no-untyped-de
         ready = RealService(
             generation_pb2_grpc.GenerationStub(channel), f"http://127.0.0.1:{ray_cluster.http_port}/real"
         )
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                ready.load()
-                break
-            except (grpc.RpcError, ValueError):
-                assert time.monotonic() < deadline, "the service does not answer"
-                time.sleep(0.2)
+        wait_until_serving(channel)
         yield ready
     serve.delete(APP)
     serve.delete(DRAFTERS)
+
+
+def wait_until_serving(channel: grpc.Channel) -> None:
+    """Serve calls an application running up to a second before its ingress has heard from the target."""
+    health = health_pb2_grpc.HealthStub(channel)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with contextlib.suppress(grpc.RpcError):
+            answer = health.Check(health_pb2.HealthCheckRequest(), metadata=(("application", APP),), timeout=5)
+            if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                return
+        time.sleep(0.2)
+    pytest.fail("the service does not call itself healthy")
