@@ -13,7 +13,8 @@ ARENA_BYTES = 128 << 20
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """A tensor of zeros on huge pages where the system has them. Memory is taken when a page is first touched."""
     count = torch.Size(shape).numel()
-    region = mmap.mmap(-1, max(count, 1) * dtype.itemsize)
+    # Private: a shared mapping, Python's default, is not given huge pages on most systems.
+    region = mmap.mmap(-1, max(count, 1) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         region.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(region, dtype=dtype)[:count].view(shape)
