@@ -27,6 +27,9 @@ run: $(VENV)/.installed  ## start Ray, deploy the service, send one gRPC request
 stop: $(VENV)/.installed  ## take down what `make run` started
 	$(BIN)/python -m deployments.up --stop
 
+status: $(VENV)/.installed  ## what the running service does: replicas, sessions, acceptance, the governor's choice
+	$(BIN)/python -m deployments.status
+
 test: $(VENV)/.installed  ## the fast tests (under ten minutes on two cores)
 	$(BIN)/pytest -m "not slow"
 

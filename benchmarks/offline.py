@@ -15,6 +15,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     engine = engine_config(args)
-    target = load_target(model_config(args), engine)
+    with closing(load_target(model_config(args), engine)) as target:
+        return report(args, target, engine)
+
+
+def report(args: argparse.Namespace, target: Target, engine: EngineConfig) -> int:
+    """Generate for all prompts, write a line for each, print the summary."""
     scheduler = build_scheduler(target, engine, drafter_stage(args))
     requests = [
         to_request(index, line, target, args) for index, line in enumerate(read_lines(args.prompts, args.limit))
@@ -67,7 +73,14 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
 
 
 def model_config(args: argparse.Namespace) -> ModelConfig:
-    return ModelConfig(source=args.model, name=args.model, dtype=args.dtype, kernels=args.kernels, threads=args.threads)
+    return ModelConfig(
+        source=args.model,
+        name=args.model,
+        dtype=args.dtype,
+        kernels=args.kernels,
+        threads=args.threads,
+        tensor_parallel_size=args.tensor_parallel_size,
+    )
 
 
 def generate(
@@ -200,7 +213,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--draft-model", default=None, help="weights for --drafters draft_model (and staged's medium)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "float64"))
     parser.add_argument("--kernels", default="auto", choices=("auto", "native", "torch"))
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of each rank; 0: all cores")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks, each a process of this machine")
     parser.add_argument("--drafters", default="sssd", choices=DRAFTERS)
     parser.add_argument("--skip", default=DEFAULT_SKIP, help="layer-skipped target: uniform:N or a list of sub-layers")
     parser.add_argument("--governor", default="auto", choices=("auto", "always"), help="always: verify every node")

@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from cluster.engine.cpu import cpu_name
+
 PACKAGES = ("torch", "transformers", "ray", "numpy")
 
 
@@ -19,7 +21,7 @@ def provenance() -> dict[str, Any]:
         "revision": _revision(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
     }
 
@@ -33,10 +35,3 @@ def _revision() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return described.stdout.strip()
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()

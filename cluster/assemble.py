@@ -12,8 +12,10 @@ from typing import Any
 
 from cluster.core.config import EngineConfig, ModelConfig, ServiceConfig, StageConfig
 from cluster.core.types import STAGE_NAMES, GenerateRequest, ModelInfo, tokenizer_hash
+from cluster.engine.crew import LocalCrew
 from cluster.engine.rank import Rank, build_rank
 from cluster.engine.step_cost import CostCurve, curve_path, kept_curve
+from cluster.engine.tensor_parallel import Recruit, ShardedRank, build_sharded_rank
 from cluster.engine.verifier import Verifier
 from cluster.engine.weights import eos_token_ids, load_tokenizer, read_config, resolve_model
 from cluster.rounds.detokenize import StreamDecoder, TextStream
@@ -43,28 +45,35 @@ class Target:
         decoder = StreamDecoder(self.tokenizer.backend_tokenizer, request.prompt_token_ids)
         return TextStream(decoder, request.params.stop)
 
+    @property
+    def rank_pids(self) -> dict[str, int]:
+        """Processes of the other tensor-parallel ranks, by name."""
+        return self.rank.crew.pids if isinstance(self.rank, ShardedRank) else {}
+
+    def close(self) -> None:
+        """Stop the other tensor-parallel ranks, if there are any."""
+        self.rank.close()
+
 
 def load_target(
-    model: ModelConfig, engine: EngineConfig, stages: Sequence[str] = (), report: Callable[[str], None] = log.info
+    model: ModelConfig,
+    engine: EngineConfig,
+    stages: Sequence[str] = (),
+    report: Callable[[str], None] = log.info,
+    recruit: Recruit = LocalCrew,
 ) -> Target:
-    """Load weights, reserve KV, measure the cost curve. Raises ``ConfigError`` for what cannot be served."""
+    """Load weights, reserve KV, measure the cost curve. ``recruit`` starts the other tensor-parallel ranks, if any.
+
+    Raises ``ConfigError`` for what cannot be served. Close the target in the end.
+    """
     start = time.perf_counter()
     folder = resolve_model(model.source, report)
     config = read_config(folder)
     max_model_len = min(engine.max_model_len, config.max_positions)
     report(f"loading {model.name} ({config.architecture}, {model.dtype})")
-    scratch = max(engine.max_rows, engine.max_nodes + 1)
-    rank = build_rank(
-        folder,
-        model.dtype,
-        num_slots=engine.kv_slots,
-        capacity=max_model_len,
-        scratch=scratch,
-        kernels=model.kernels,
-        threads=model.threads,
-    )
+    rank = _build(folder, model, engine, max_model_len, recruit)
     tokenizer = load_tokenizer(folder)
-    path = curve_path(folder, model.dtype, rank.kernels, model.threads)
+    path = curve_path(folder, model.dtype, f"{rank.kernels} x {model.tensor_parallel_size}", model.threads)
     curve = kept_curve(rank, engine.max_rows, path, report)
     steps = ", ".join(f"{rows}: {1e3 * seconds:.1f}" for rows, seconds in zip(curve.rows, curve.seconds))
     report(
@@ -88,6 +97,32 @@ def load_target(
     )
 
 
+def _build(folder: Path, model: ModelConfig, engine: EngineConfig, capacity: int, recruit: Recruit) -> Rank:
+    scratch = max(engine.max_rows, engine.max_nodes + 1)
+    if model.tensor_parallel_size == 1:
+        return build_rank(
+            folder,
+            model.dtype,
+            num_slots=engine.kv_slots,
+            capacity=capacity,
+            scratch=scratch,
+            kernels=model.kernels,
+            threads=model.threads,
+        )
+    return build_sharded_rank(
+        folder,
+        model.dtype,
+        model.tensor_parallel_size,
+        recruit,
+        num_slots=engine.kv_slots,
+        capacity=capacity,
+        scratch=scratch,
+        kernels=model.kernels,
+        threads=model.threads,
+        limit_s=model.rank_limit_s,
+    )
+
+
 def build_scheduler(
     target: Target, engine: EngineConfig, local_stage: StageConfig | None, pipeline: Pipeline | None = None
 ) -> Scheduler:
@@ -99,7 +134,8 @@ def build_scheduler(
             local_stage = local_stage.model_copy(update={"max_sessions": engine.kv_slots})
         facts = TargetFacts(target.info.vocab_size, target.info.max_model_len, target.folder, target.model.dtype)
         local = create(local_stage, target=facts, rank=target.rank, slot_of=slots.__getitem__)
-    scheduler = Scheduler(engine, Verifier(target.rank), target.curve, local, pipeline, slots)
+    verifier = Verifier(target.rank, engine.emulated_step_ms / 1e3)
+    scheduler = Scheduler(engine, verifier, target.curve, local, pipeline, slots)
     scheduler.governor.on_drift = partial(forget_curve, target.curve_file)
     return scheduler
 
@@ -114,16 +150,31 @@ def build_engine(
     config: ServiceConfig,
     connect: Callable[[ModelInfo], DraftTransport] | None = None,
     report: Callable[[str], None] = log.info,
+    recruit: Recruit = LocalCrew,
 ) -> TreeEngine:
-    """A running engine. ``connect`` makes the transport to the remote stages once the target's facts are known."""
+    """A running engine. ``connect`` makes the transport to the remote stages once the target's facts are known;
+    ``recruit`` starts the other tensor-parallel ranks, if any."""
     local = config.local_drafter
     stages = [name for name in STAGE_NAMES if name in config.remote_stages or (local and local.name == name)]
-    target = load_target(config.model, config.engine, stages, report)
+    target = load_target(config.model, config.engine, stages, report, recruit)
     pipeline, transport = None, None
     if connect is not None and config.remote_stages:
         transport = connect(target.info)
-        pipeline = Pipeline(transport, config.remote_stages, target.info.vocab_size, config.engine.max_nodes)
+        pipeline = Pipeline(
+            transport,
+            config.remote_stages,
+            target.info.vocab_size,
+            config.engine.max_nodes,
+            run_ahead=config.engine.run_ahead_nodes,
+        )
     scheduler = build_scheduler(target, config.engine, local, pipeline)
+
+    def close() -> None:
+        stop = getattr(transport, "stop", None)
+        if stop is not None:
+            stop()
+        target.close()
+
     return TreeEngine(
         scheduler,
         target.rank.kv,
@@ -131,6 +182,7 @@ def build_engine(
         target.limits,
         target.text_of,
         pipeline,
-        getattr(transport, "stop", None),
+        close,
         config.engine.stream_interval_ms / 1e3,
+        target.rank_pids,
     )

@@ -1,4 +1,5 @@
-"""Plain classes get their Ray shells here: draft workers become actors, an engine finds its drafters by lease.
+"""Plain classes get their Ray shells here: draft workers and tensor-parallel ranks become actors, an engine finds its
+drafters by lease.
 
 The only module with ``ray.remote``. Heavy imports stand inside: a Draft replica and an SSSD worker never run a model.
 """
@@ -14,16 +15,21 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.core.config import DraftersConfig, ServiceConfig, StageConfig
 from cluster.core.errors import EngineFailed
 from cluster.core.types import tokenizer_hash
 from cluster.leases import RayDraftTransport
+from cluster.placement import rank_resources
 from cluster.rounds.draft_worker import DraftWorker
-from cluster.rounds.messages import PROTOCOL_VERSION, DraftAsk, DraftReply, WorkerFacts
+from cluster.rounds.messages import PROTOCOL_VERSION, DraftAsk, DraftReply, WorkerFacts, WorkerLoad
 from drafters import TargetFacts, create
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cluster.engine.tensor_parallel import RankPlan
     from cluster.tree_engine import TreeEngine
 
 log = logging.getLogger(__name__)
@@ -31,6 +37,7 @@ log = logging.getLogger(__name__)
 HOLD_POLL_S = 0.5
 MAX_CONCURRENT_CALLS = 1000
 COMPUTE_LIMIT_S = 60.0  # a draft computation that takes longer is stuck
+STOP_LIMIT_S = 5.0  # for ranks to end after they were told to
 
 
 class DraftActor:
@@ -48,6 +55,10 @@ class DraftActor:
         self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="draft")
         self._newest: dict[tuple[str, str], tuple[int, int]] = {}
         self._computing_since: float | None = None
+        self._work = WorkerLoad(0.0, 0, 0)
+
+    async def load(self) -> WorkerLoad:
+        return self._work
 
     async def facts(self) -> WorkerFacts:
         return self._facts
@@ -68,12 +79,13 @@ class DraftActor:
             self._newest[name] = max(state, self._newest.get(name, state))
 
         def compute() -> DraftReply:
-            self._computing_since = time.monotonic()
+            self._computing_since = start = time.monotonic()
             try:
                 fresh = [ask for ask, name, state in states if state >= self._newest.get(name, state)]
                 return self._worker.draft(verifier, fresh, upstream)
             finally:
                 self._computing_since = None
+                self._work = self._work.plus(time.monotonic() - start, len(asks), len(asks) - len(fresh))
 
         try:
             return await asyncio.get_running_loop().run_in_executor(self._compute, compute)
@@ -114,12 +126,64 @@ def start_draft_worker(stage: StageConfig, config: DraftersConfig) -> tuple[Any,
     return worker, ray.get(worker.facts.remote())
 
 
+class RankActor:
+    """Ranks 1, 2, ... of a target: all of a rank's life is one call of ``run``, whose ref tells of its death."""
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def run(self, plan: RankPlan) -> None:
+        from cluster.engine.tensor_parallel import follow
+
+        follow(plan)
+
+
+class RayCrew:
+    """A ``Crew`` of actors, each in its own bundle of the replica's placement group, if it has one."""
+
+    def __init__(self, plans: Sequence[RankPlan]) -> None:
+        group = ray.util.get_current_placement_group()
+        actors = {f"rank {plan.shard.rank}": _start_rank(plan, group) for plan in plans}
+        self.pids: dict[str, int] = dict(zip(actors, ray.get([actor.pid.remote() for actor in actors.values()])))
+        self._actors = list(actors.values())
+        self._runs = {actor.run.remote(plan): name for (name, actor), plan in zip(actors.items(), plans)}
+
+    def failure(self) -> str:
+        ended, _ = ray.wait(list(self._runs), num_returns=len(self._runs), timeout=0)
+        return "; ".join(f"{self._runs[run]} (pid {self.pids[self._runs[run]]}) {_end_of(run)}" for run in ended)
+
+    def close(self) -> None:
+        ray.wait(list(self._runs), num_returns=len(self._runs), timeout=STOP_LIMIT_S)
+        for actor in self._actors:
+            ray.kill(actor)
+
+
+def _start_rank(plan: RankPlan, group: Any) -> Any:
+    options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0}
+    if group is not None:
+        index = plan.shard.rank
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+        options |= rank_resources(group.bundle_specs[index]) | {"scheduling_strategy": strategy}
+    threads = {"OMP_NUM_THREADS": str(plan.threads)}
+    return ray.remote(RankActor).options(**options, runtime_env={"env_vars": threads}).remote()
+
+
+def _end_of(run: Any) -> str:
+    try:
+        ray.get(run)
+    except Exception as error:
+        return f"died: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+    return "has stopped"
+
+
 def launch_engine(config: ServiceConfig) -> TreeEngine:
-    """The engine of a Target replica, drafting through leases on the application ``config.drafters_app``."""
+    """The engine of a Target replica: its other ranks are actors, its drafters are reached by leases on the
+    application ``config.drafters_app``."""
     from cluster.assemble import build_engine
 
     verifier = uuid.uuid4().hex[:12]  # a restarted replica is another verifier: it shares no session with its past
     return build_engine(
         config,
         lambda info: RayDraftTransport(verifier, config.drafters_app, config.remote_stages, info.tokenizer_hash),
+        recruit=RayCrew,
     )

@@ -13,9 +13,10 @@ import os
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 
 from cluster.core.errors import (
     Aborted,
@@ -69,6 +70,7 @@ class TreeEngine:
         pipeline: Pipeline | None = None,
         on_close: Callable[[], None] | None = None,
         stream_interval_s: float = 0.0,
+        rank_pids: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self._scheduler = scheduler
         self._kv = kv
@@ -78,6 +80,7 @@ class TreeEngine:
         self._pipeline = pipeline
         self._on_close = on_close
         self._stream_interval_s = stream_interval_s
+        self._own_pids = {"target": os.getpid(), **rank_pids}
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._calls: dict[str, _Call] = {}  # by request id: what the doors have in flight
@@ -136,8 +139,11 @@ class TreeEngine:
             kv_slots_used=self._kv.num_slots - self._kv.num_free,
             kv_slots_total=self._kv.num_slots,
             drafter_sessions=pipeline.leases() if pipeline else {},
-            worker_pids={"target": os.getpid()} | (pipeline.worker_pids if pipeline else {}),
+            worker_pids=self._own_pids | (pipeline.worker_pids if pipeline else {}),
             deadline_misses=dict(pipeline.misses) if pipeline else {},
+            drafts_wanted=pipeline.wanted if pipeline else 0,
+            drafts_cached=pipeline.cached if pipeline else 0,
+            drafts_missing=pipeline.missing if pipeline else 0,
             last_choice=self._scheduler.last_choice,
             kv_usage=self._kv.usage,
             stats=self._scheduler.meter.snapshot(),

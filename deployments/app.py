@@ -13,6 +13,8 @@ from ray import serve
 
 from cluster.core.config import DraftersConfig, ServiceConfig, StageConfig, parse_config
 from cluster.leases import deployment_name
+from cluster.placement import target_placement
+from deployments.autoscaling import POLICY
 from deployments.draft import Draft, Drafters
 from deployments.ingress import Ingress
 from deployments.target import Target
@@ -52,6 +54,8 @@ def draft_options(stage: StageConfig) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": 5.0,
         "ray_actor_options": {"num_cpus": 0.0, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}},
     }
+    if scaling := stage.deployment.get("autoscaling_config"):
+        defaults["autoscaling_config"] = {"policy": {"policy_function": POLICY}, **scaling}
     return merge(defaults, stage.deployment)
 
 
@@ -72,7 +76,8 @@ def target_options(config: ServiceConfig) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": 10.0,
         "ray_actor_options": {"num_cpus": 0.5, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}}},
     }
-    return merge(defaults, config.target)
+    options = merge(defaults, config.target)
+    return target_placement(options["ray_actor_options"], config.model.tensor_parallel_size) | options
 
 
 def ingress_options(config: ServiceConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ words. Knows neither HTTP nor Ray; the doors know nothing of tokenizers and limi
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 import uuid
 from collections.abc import Iterable, Mapping
@@ -71,7 +72,8 @@ class ClientRequest:
     """A request as the client wrote it; exactly one of ``text``, ``messages``, ``token_ids`` is set.
 
     ``messages`` are (role, content) pairs. ``params`` holds those fields of ``SamplingParams`` that the client set.
-    ``names`` maps our field names to the client's where they differ, for error messages.
+    ``names`` maps our field names to the client's where they differ, for error messages. ``authorization`` is the
+    protocol's header of that name.
     """
 
     text: str | None = None
@@ -86,6 +88,7 @@ class ClientRequest:
     priority: int = 0
     cache_salt: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
+    authorization: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         if sum(given is not None for given in (self.text, self.messages, self.token_ids)) != 1:
@@ -142,6 +145,7 @@ class Codec:
             timeout_s=timeout_s,
             priority=asked.priority,
             cache_salt=asked.cache_salt,
+            owner=owner_of(asked.authorization, asked.cache_salt),
         )
 
     async def _tokenize(self, asked: ClientRequest) -> tuple[int, ...]:
@@ -172,6 +176,18 @@ class Codec:
 def check_model(name: str, info: ModelInfo) -> None:
     if name and name != info.model:
         raise NotFound(f"model: {name!r} is not served here; served: {info.model}")
+
+
+def owner_of(authorization: str, cache_salt: str) -> str:
+    """Who asks, without telling their key: a digest of the bearer's API key and the salt; "" where neither is given.
+
+    Both count: a front may serve many tenants with one key and a salt for each. Keys are not checked here.
+    """
+    scheme, _, key = authorization.partition(" ")
+    key = key.strip() if scheme.lower() == "bearer" else ""
+    if not key and not cache_salt:
+        return ""
+    return hashlib.sha256(f"{len(key)} {key}{cache_salt}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def check_request_id(request_id: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,7 +12,8 @@ from ray.exceptions import ActorDiedError, RayActorError
 
 from cluster.core.config import DraftersConfig, StageConfig
 from cluster.launch import start_draft_worker
-from cluster.rounds.messages import Lease
+from cluster.rounds.messages import Lease, WorkerLoad
+from deployments.autoscaling import BUSY, OVERTAKEN
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +27,7 @@ class Draft:
     def __init__(self, stage: StageConfig, config: DraftersConfig) -> None:
         self._stage = stage
         self._worker, self._facts = start_draft_worker(stage, config)
+        self._reported, self._reported_s = WorkerLoad(0.0, 0, 0), time.monotonic()
 
     async def open(self, verifier: str, session_id: str) -> AsyncIterator[Lease]:
         """Lease the worker to a session: one item, then silence until the session is idle for ``lease_ttl_s``.
@@ -46,6 +49,20 @@ class Draft:
     async def num_sessions(self) -> int:
         """Sessions the worker holds now; for tests and status."""
         return int(await self._worker.num_sessions.remote())
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve. What the worker did since the last call, as shares: see ``deployments.autoscaling``."""
+        try:
+            load: WorkerLoad = await self._worker.load.remote()
+        except RayActorError:
+            load = WorkerLoad(0.0, 0, 0)  # being restarted
+        before, self._reported = self._reported, load
+        start, self._reported_s = self._reported_s, time.monotonic()
+        asks = max(1, load.asks - before.asks)
+        return {
+            BUSY: max(0.0, load.busy_s - before.busy_s) / max(1e-3, self._reported_s - start),
+            OVERTAKEN: max(0, load.overtaken - before.overtaken) / asks,
+        }
 
     async def check_health(self) -> None:
         """Unhealthy where the worker is stuck, or gone for good; a replica's successor has a worker of its own."""

@@ -55,7 +55,7 @@ class GrpcDoor:
 
     async def Generate(self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext) -> pb.GenerateResponse:
         try:
-            accepted = await self.service.submit(client_request(request))
+            accepted = await self.service.submit(client_request(request, grpc_context.invocation_metadata()))
             return answer_message(await self.service.collect(accepted), self.service.model)
         except Exception as error:
             _set_status(grpc_context, error, request.request_id)
@@ -65,7 +65,7 @@ class GrpcDoor:
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[pb.StreamItem, None]:
         try:
-            accepted = await self.service.submit(client_request(request))
+            accepted = await self.service.submit(client_request(request, grpc_context.invocation_metadata()))
             tally = Tally()
             async with aclosing(self.service.stream(accepted)) as items:
                 async for item in items:
@@ -141,8 +141,8 @@ def _raise_status(context: RayServegRPCContext, error: Exception, request_id: st
     raise PacelineError(context.details()) from None
 
 
-def client_request(request: pb.GenerateRequest) -> ClientRequest:
-    """Raises ``InvalidArgument`` where the message as a whole cannot be a request."""
+def client_request(request: pb.GenerateRequest, metadata: Sequence[tuple[str, str]] = ()) -> ClientRequest:
+    """``metadata``: the call's. Raises ``InvalidArgument`` where the message as a whole cannot be a request."""
     size = request.ByteSize()
     if size > MAX_REQUEST_BYTES:
         raise InvalidArgument("request", f"{size} bytes, at most {MAX_REQUEST_BYTES}")
@@ -166,6 +166,7 @@ def client_request(request: pb.GenerateRequest) -> ClientRequest:
         model=request.model,
         priority=request.priority,
         cache_salt=request.cache_salt,
+        authorization=dict(metadata).get("authorization", ""),
     )
 
 
@@ -264,6 +265,9 @@ def load_message(replica: str, load: Load) -> pb.ReplicaLoad:
         drafter_sessions=load.drafter_sessions,
         worker_pids=load.worker_pids,
         deadline_misses=load.deadline_misses,
+        drafts_wanted=load.drafts_wanted,
+        drafts_cached=load.drafts_cached,
+        drafts_missing=load.drafts_missing,
         last_choice=load.last_choice,
         kv_usage=load.kv_usage,
         stats=engine_stats_message(load.stats),

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -88,7 +89,8 @@ async def answer(service: Service, request: Request, kind: type[CompletionBody] 
     request_id = ""
     try:
         body = parse_body(kind, await read_body(request))
-        accepted = await service.submit(body.client_request())
+        asked = replace(body.client_request(), authorization=request.headers.get("authorization", ""))
+        accepted = await service.submit(asked)
         request_id = accepted.request_id
         envelope = Envelope(kind, accepted, service.model)
         if body.stream:

@@ -48,6 +48,9 @@ COUNTERS: Sequence[tuple[str, str, Callable[[Load], float]]] = (
     ("vllm:spec_decode_num_drafts", "Token trees verified.", lambda load: load.stats.drafts),
     ("vllm:spec_decode_num_draft_tokens", "Nodes verified.", lambda load: sum(load.stats.drafted.values())),
     ("vllm:spec_decode_num_accepted_tokens", "Nodes accepted.", lambda load: sum(load.stats.accepted.values())),
+    ("paceline:drafts_wanted", "Rounds that wanted a remote stage's tree.", lambda load: load.drafts_wanted),
+    ("paceline:drafts_cached", "Of these, found in the outcome cache.", lambda load: load.drafts_cached),
+    ("paceline:drafts_missing", "Of these, without any tree in time.", lambda load: load.drafts_missing),
 )
 HISTOGRAMS: Sequence[tuple[str, str, Callable[[Load], Histogram]]] = (
     (
@@ -91,6 +94,9 @@ BY_KEY: Sequence[tuple[type[Metric], str, str, str, Callable[[Load], dict[Any, A
 
 def families(model: str, loads: Sequence[tuple[str, Load]]) -> Iterator[Metric]:
     """The metrics of all replicas, labelled with the model's name and the replica's."""
+    targets = GaugeMetricFamily("paceline:targets", "Target replicas that answered.", labels=("model_name",))
+    targets.add_metric((model,), len(loads))
+    yield targets
     for name, text, read in GAUGES:
         yield _filled(GaugeMetricFamily(name, text, labels=LABELS), model, loads, read)
     for name, text, read in COUNTERS:

@@ -36,6 +36,8 @@ RAY_ENV = {
     # Ray's own ports listen on every interface: nobody without this user's token (~/.ray/auth_token) may use them.
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray would run the engine at niceness 15: whatever else wants a core would take it.
+    "RAY_worker_niceness": "0",
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "3",
     # Replace a dead proxy or replica in seconds rather than tens of seconds.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
@@ -131,7 +133,7 @@ def start_ray() -> str:
         if process.poll() is not None:
             STATE.unlink()
             raise SetupError(f"`ray start` ended with {process.returncode}; see {LOG}")
-        if _applications(dashboard) is not None:
+        if applications(dashboard) is not None:
             return dashboard
         time.sleep(0.5)
     raise SetupError(f"Ray did not answer on {dashboard} within {START_TIMEOUT_S:.0f} s; see {LOG}")
@@ -142,16 +144,16 @@ def deploy(config: Path, names: set[str], dashboard: str) -> None:
     _tool("serve", "deploy", str(config), "-a", dashboard)
     start, shown = time.monotonic(), ""
     while time.monotonic() - start < DEPLOY_TIMEOUT_S:
-        applications = _applications(dashboard) or {}
-        line = ", ".join(_describe(name, state) for name, state in applications.items())
+        found = applications(dashboard) or {}
+        line = ", ".join(describe(name, state) for name, state in found.items())
         if line != shown:
             print(f"  {time.monotonic() - start:5.1f} s  {line}", flush=True)
             shown = line
-        states = {state["status"] for state in applications.values()}
-        if states == {"RUNNING"} and names <= applications.keys():
+        states = {state["status"] for state in found.values()}
+        if states == {"RUNNING"} and names <= found.keys():
             return
         if "DEPLOY_FAILED" in states:
-            messages = [state["message"] for state in applications.values() if state["status"] == "DEPLOY_FAILED"]
+            messages = [state["message"] for state in found.values() if state["status"] == "DEPLOY_FAILED"]
             raise SetupError("deploying failed: " + "\n".join(messages))
         time.sleep(0.5)
     raise SetupError(f"not running after {DEPLOY_TIMEOUT_S:.0f} s: {shown}")
@@ -194,7 +196,8 @@ def stop() -> int:
     return 0
 
 
-def _describe(name: str, state: dict[str, Any]) -> str:
+def describe(name: str, state: dict[str, Any]) -> str:
+    """One application's state in a line: its deployments' replicas, running of wanted."""
     parts = []
     for deployment, info in state.get("deployments", {}).items():
         running = sum(replica["state"] == "RUNNING" for replica in info.get("replicas", []))
@@ -211,7 +214,7 @@ def _tool(name: str, *arguments: str) -> None:
         raise SetupError(f"`{name} {arguments[0]}` failed:\n{done.stdout}{done.stderr}")
 
 
-def _applications(dashboard: str) -> dict[str, Any] | None:
+def applications(dashboard: str) -> dict[str, Any] | None:
     """State of every Serve application by name; None while the dashboard does not answer."""
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient  # reads RAY_AUTH_MODE once, when it is imported
 
@@ -220,8 +223,8 @@ def _applications(dashboard: str) -> dict[str, Any] | None:
         details = ServeSubmissionClient(dashboard).get_serve_details()
     except (ConnectionError, RuntimeError, OSError):
         return None
-    applications: dict[str, Any] = details.get("applications", {})
-    return applications
+    found: dict[str, Any] = details.get("applications", {})
+    return found
 
 
 def _born(pid: int) -> str:

@@ -33,10 +33,13 @@ class Drafter(Protocol):
     vocab_size: int | None
     """Size of the vocabulary it guesses in; None where any token id will do (n-gram matching)."""
 
-    def begin(self, session_id: str, token_ids: Sequence[int], params: SamplingParams, prompt_len: int) -> None:
+    def begin(
+        self, session_id: str, token_ids: Sequence[int], params: SamplingParams, prompt_len: int, owner: str = ""
+    ) -> None:
         """Start a session whose committed tokens are ``token_ids``, of which ``prompt_len`` are the prompt.
 
-        Beginning a session that exists already replaces it: that is a resync.
+        Beginning a session that exists already replaces it: that is a resync. ``owner``: whose text it is. What one
+        owner's sessions leave behind may serve that owner's alone, and nobody's where the owner is not known ("").
         """
         ...
 

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cluster.core.disk_cache import cache_folder
 from cluster.core.errors import ConfigError
-from cluster.engine.disk_cache import cache_folder
 from drafters.suffix_array import suffix_array
 
 logger = logging.getLogger(__name__)

@@ -119,7 +119,9 @@ class ModelDrafter:
         self._lead_skip = lead_skip
         self._sessions: dict[str, _Session] = {}
 
-    def begin(self, session_id: str, token_ids: Sequence[int], params: SamplingParams, prompt_len: int) -> None:
+    def begin(
+        self, session_id: str, token_ids: Sequence[int], params: SamplingParams, prompt_len: int, owner: str = ""
+    ) -> None:
         """Raises ``Overloaded`` where no slot is free. The prompt is read by later calls of ``propose``."""
         held = self._sessions.get(session_id)
         self._slots.begin(session_id, token_ids, held.tokens if held else ())

@@ -1,8 +1,9 @@
 """``LiveStores``: what sessions wrote lately, kept apart by owner, and made a datastore again in the background.
 
 A store shared between owners leaks: whoever measures how fast an answer comes learns whether somebody else was
-answered the same before. So an owner's sessions are guessed for from that owner's outputs alone. Nothing is written to
-disk; what an owner's store holds is gone with the process.
+answered the same before. So an owner's sessions are guessed for from that owner's outputs alone. Who an owner is, the
+doors say (``deployments.codec.owner_of``). Nothing is written to disk; what an owner's store holds is gone with the
+process.
 """
 
 from __future__ import annotations

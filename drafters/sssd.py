@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.core.errors import Overloaded, UnknownSession
+from cluster.core.native_build import NativeUnavailable
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import Origin, SamplingParams
-from cluster.engine.native_build import NativeUnavailable
 from drafters.base import Ask
 from drafters.datastore import Datastore
 from drafters.live_store import LiveStores
@@ -25,7 +25,6 @@ from drafters.sssd_native import NativeIndex, library
 
 logger = logging.getLogger(__name__)
 
-OWNER = ""  # of every session: requests do not say whose they are
 PROMPT_TAIL = 3  # prompt tokens kept before an output in a live store, so that its beginning can be found
 
 
@@ -33,6 +32,7 @@ PROMPT_TAIL = 3  # prompt tokens kept before an output in a live store, so that 
 class _Session:
     """``tokens``: the text that is indexed, at least its newest ``max_tokens``; the last ``written`` are output."""
 
+    owner: str
     tokens: array[int]
     written: int
     index: SessionIndex
@@ -41,7 +41,7 @@ class _Session:
 class SssdDrafter:
     """One index per session, and the stores all of them share. Raises ``Overloaded`` beyond ``max_sessions``.
 
-    ``live`` collects what ended sessions wrote.
+    ``live`` collects what ended sessions wrote, for later ones of the same owner.
     """
 
     vocab_size: int | None = None
@@ -69,18 +69,22 @@ class SssdDrafter:
         """Look in ``store`` from the next round on. Any thread may call."""
         self._store = store
 
-    def begin(self, session_id: str, token_ids: Sequence[int], params: SamplingParams, prompt_len: int) -> None:
+    def begin(
+        self, session_id: str, token_ids: Sequence[int], params: SamplingParams, prompt_len: int, owner: str = ""
+    ) -> None:
         if session_id not in self._sessions and len(self._sessions) >= self._max_sessions:
             raise Overloaded(f"{self._max_sessions} sessions are held already")
-        self._sessions[session_id] = self._indexed(token_ids, len(token_ids) - prompt_len)
+        self._sessions[session_id] = self._indexed(owner, token_ids, len(token_ids) - prompt_len)
 
     def propose(self, asks: Sequence[Ask], upstream: Mapping[str, TokenTree]) -> dict[str, TokenTree]:
         sessions = [self._session(ask.session_id) for ask in asks]
-        live = None if self._live is None else self._live.of(OWNER)
-        stores = [store for store in (self._store, live) if store is not None]
         trees = {
             ask.session_id: session.index.grow(
-                session.tokens[-self._rules.query :], stores, ask.max_nodes, ask.max_depth, int(self.stage)
+                session.tokens[-self._rules.query :],
+                self._stores(session.owner),
+                ask.max_nodes,
+                ask.max_depth,
+                int(self.stage),
             )
             for ask, session in zip(asks, sessions)
         }
@@ -92,18 +96,22 @@ class SssdDrafter:
         session.written += len(token_ids)
         session.index.extend(token_ids)
         if len(session.tokens) > 2 * self._max_tokens:
-            self._sessions[session_id] = self._indexed(session.tokens, session.written)
+            self._sessions[session_id] = self._indexed(session.owner, session.tokens, session.written)
 
     def end(self, session_id: str) -> None:
         session = self._sessions.pop(session_id, None)
-        if session is not None and session.written and self._live is not None:
-            self._live.add(OWNER, session.tokens[-session.written - PROMPT_TAIL :].tolist())
+        if session is not None and session.written and session.owner and self._live is not None:
+            self._live.add(session.owner, session.tokens[-session.written - PROMPT_TAIL :].tolist())
 
-    def _indexed(self, token_ids: Sequence[int], written: int) -> _Session:
+    def _stores(self, owner: str) -> list[Datastore]:
+        live = self._live.of(owner) if self._live is not None and owner else None
+        return [store for store in (self._store, live) if store is not None]
+
+    def _indexed(self, owner: str, token_ids: Sequence[int], written: int) -> _Session:
         tokens = array("i", token_ids[-self._max_tokens :])
         index = self._new_index(self._rules)
         index.extend(tokens)
-        return _Session(tokens, written, index)
+        return _Session(owner, tokens, written, index)
 
     def _session(self, session_id: str) -> _Session:
         session = self._sessions.get(session_id)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cluster.core.native_build import NativeUnavailable, build_library
 from cluster.core.token_tree import TokenTree
-from cluster.engine.native_build import NativeUnavailable, build_library
 from drafters.datastore import Datastore
 from drafters.ngram_tree import Rules
 

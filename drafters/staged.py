@@ -46,10 +46,12 @@ class StagedDrafter:
         self._small_nodes = small_nodes
         self._small_holds: set[str] = set()
 
-    def begin(self, session_id: str, token_ids: Sequence[int], params: SamplingParams, prompt_len: int) -> None:
-        self._medium.begin(session_id, token_ids, params, prompt_len)
+    def begin(
+        self, session_id: str, token_ids: Sequence[int], params: SamplingParams, prompt_len: int, owner: str = ""
+    ) -> None:
+        self._medium.begin(session_id, token_ids, params, prompt_len, owner)
         try:
-            self._small.begin(session_id, token_ids, params, prompt_len)
+            self._small.begin(session_id, token_ids, params, prompt_len, owner)
         except Exception:
             self._drop_small(session_id)
         else:

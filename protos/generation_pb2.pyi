@@ -245,7 +245,7 @@ class GetLoadResponse(_message.Message):
     def __init__(self, replicas: _Optional[_Iterable[_Union[ReplicaLoad, _Mapping]]] = ...) -> None: ...
 
 class ReplicaLoad(_message.Message):
-    __slots__ = ("replica", "running", "waiting", "kv_slots_used", "kv_slots_total", "drafter_sessions", "worker_pids", "deadline_misses", "last_choice", "kv_usage", "stats", "governor")
+    __slots__ = ("replica", "running", "waiting", "kv_slots_used", "kv_slots_total", "drafter_sessions", "worker_pids", "deadline_misses", "last_choice", "kv_usage", "stats", "governor", "drafts_wanted", "drafts_cached", "drafts_missing")
     class DrafterSessionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -279,6 +279,9 @@ class ReplicaLoad(_message.Message):
     KV_USAGE_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     GOVERNOR_FIELD_NUMBER: _ClassVar[int]
+    DRAFTS_WANTED_FIELD_NUMBER: _ClassVar[int]
+    DRAFTS_CACHED_FIELD_NUMBER: _ClassVar[int]
+    DRAFTS_MISSING_FIELD_NUMBER: _ClassVar[int]
     replica: str
     running: int
     waiting: int
@@ -291,7 +294,10 @@ class ReplicaLoad(_message.Message):
     kv_usage: float
     stats: EngineStats
     governor: GovernorReport
-    def __init__(self, replica: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_slots_used: _Optional[int] = ..., kv_slots_total: _Optional[int] = ..., drafter_sessions: _Optional[_Mapping[str, int]] = ..., worker_pids: _Optional[_Mapping[str, int]] = ..., deadline_misses: _Optional[_Mapping[str, int]] = ..., last_choice: _Optional[str] = ..., kv_usage: _Optional[float] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., governor: _Optional[_Union[GovernorReport, _Mapping]] = ...) -> None: ...
+    drafts_wanted: int
+    drafts_cached: int
+    drafts_missing: int
+    def __init__(self, replica: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_slots_used: _Optional[int] = ..., kv_slots_total: _Optional[int] = ..., drafter_sessions: _Optional[_Mapping[str, int]] = ..., worker_pids: _Optional[_Mapping[str, int]] = ..., deadline_misses: _Optional[_Mapping[str, int]] = ..., last_choice: _Optional[str] = ..., kv_usage: _Optional[float] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., governor: _Optional[_Union[GovernorReport, _Mapping]] = ..., drafts_wanted: _Optional[int] = ..., drafts_cached: _Optional[int] = ..., drafts_missing: _Optional[int] = ...) -> None: ...
 
 class EngineStats(_message.Message):
     __slots__ = ("prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions", "drafts", "drafted", "accepted", "finished")

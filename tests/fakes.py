@@ -28,9 +28,15 @@ class ScriptedDrafter:
         self.vocab_size = vocab_size
         self.make = make
         self.tokens: dict[str, list[int]] = {}
+        self.owners: dict[str, str] = {}
+        self.ended: list[list[int]] = []
+        """What the sessions that were ended had come to."""
 
-    def begin(self, session_id: str, token_ids: Sequence[int], params: SamplingParams, prompt_len: int) -> None:
+    def begin(
+        self, session_id: str, token_ids: Sequence[int], params: SamplingParams, prompt_len: int, owner: str = ""
+    ) -> None:
         self.tokens[session_id] = list(token_ids)
+        self.owners[session_id] = owner
 
     def propose(self, asks: Sequence[Ask], upstream: Mapping[str, TokenTree]) -> dict[str, TokenTree]:
         return {ask.session_id: self.make(self._of(ask.session_id), ask) for ask in asks}
@@ -39,7 +45,8 @@ class ScriptedDrafter:
         self._of(session_id).extend(token_ids)
 
     def end(self, session_id: str) -> None:
-        self.tokens.pop(session_id, None)
+        if session_id in self.tokens:
+            self.ended.append(self.tokens.pop(session_id))
 
     def _of(self, session_id: str) -> list[int]:
         if session_id not in self.tokens:
@@ -56,10 +63,12 @@ class FailingDrafter(ScriptedDrafter):
         self._where = where
         self._first = ""
 
-    def begin(self, session_id: str, token_ids: Sequence[int], params: SamplingParams, prompt_len: int) -> None:
+    def begin(
+        self, session_id: str, token_ids: Sequence[int], params: SamplingParams, prompt_len: int, owner: str = ""
+    ) -> None:
         self._first = self._first or session_id
         self._fail("begin")
-        super().begin(session_id, token_ids, params, prompt_len)
+        super().begin(session_id, token_ids, params, prompt_len, owner)
 
     def propose(self, asks: Sequence[Ask], upstream: Mapping[str, TokenTree]) -> dict[str, TokenTree]:
         self._fail("propose")

@@ -23,7 +23,9 @@ class AlwaysWrong:
         self.vocab_size: int | None = vocab_size
         self._random = random.Random(0)
 
-    def begin(self, session_id: str, token_ids: Sequence[int], params: SamplingParams, prompt_len: int) -> None:
+    def begin(
+        self, session_id: str, token_ids: Sequence[int], params: SamplingParams, prompt_len: int, owner: str = ""
+    ) -> None:
         """Nothing about the session matters."""
 
     def propose(self, asks: Sequence[Ask], upstream: Mapping[str, TokenTree]) -> dict[str, TokenTree]:

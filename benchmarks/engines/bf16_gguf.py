@@ -11,8 +11,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from cluster.core.disk_cache import cache_folder
 from cluster.core.errors import ConfigError
-from cluster.engine.disk_cache import cache_folder
 from cluster.engine.model_source import gguf_of_package
 
 

@@ -30,7 +30,7 @@ READY_TIMEOUT_S = 30.0
 
 class Loaded(Defaults):
     def __init__(self, setup: Setup) -> None:
-        self._own = _OwnService(Path(setup.config)) if setup.address is None else None
+        self._own = OwnService(Path(setup.config)) if setup.address is None else None
         address = self._own.address if self._own else setup.address
         self._channel = grpc.insecure_channel(address)
         self._stub = generation_pb2_grpc.GenerationStub(self._channel)
@@ -91,7 +91,7 @@ class Loaded(Defaults):
             self._own.stop()
 
 
-class _OwnService:
+class OwnService:
     """Ray and the applications of a Serve config file, on free ports, in a folder of its own."""
 
     def __init__(self, config: Path) -> None:
@@ -105,7 +105,8 @@ class _OwnService:
         os.chdir(self._folder)  # `deployments.up` keeps its state and logs below the current folder
         try:
             up.prepare(document)
-            up.deploy(file, {application["name"] for application in document["applications"]}, up.start_ray())
+            self.dashboard = up.start_ray()
+            up.deploy(file, {application["name"] for application in document["applications"]}, self.dashboard)
             up.wait_until_serving(self.address)
         except up.SetupError as error:
             self.stop()

@@ -31,7 +31,15 @@ class ModelConfig(_Config):
     name: str = "smollm2-135m-instruct"
     dtype: Dtype = "bfloat16"
     kernels: Literal["auto", "native", "torch"] = "auto"
-    threads: int = Field(default=0, ge=0, description="CPU threads of a step; 0 takes OMP_NUM_THREADS or all cores")
+    threads: int = Field(
+        default=0,
+        ge=0,
+        description="CPU threads of a step, on each rank; 0 shares OMP_NUM_THREADS or all cores out over the ranks",
+    )
+    tensor_parallel_size: int = Field(default=1, ge=1, description="ranks that share the model; must divide its heads")
+    rank_limit_s: float = Field(
+        default=30.0, gt=0.0, description="how long a rank waits for another within a step before the engine fails"
+    )
 
 
 class EngineConfig(_Config):
@@ -56,9 +64,19 @@ class EngineConfig(_Config):
     stream_interval_ms: float = Field(
         default=0.0, ge=0.0, description="least time between two items of a stream; 0: an item per step"
     )
+    run_ahead_nodes: int = Field(
+        default=0,
+        ge=0,
+        le=256,
+        description="nodes that stages are asked for beyond max_nodes, so that the next tree is often there already",
+    )
     draft_deadline_steps: float = Field(default=4.0, ge=0.0, description="how long to wait for trees, in plain steps")
     draft_deadline_min_ms: float = Field(default=2.0, ge=0.0)
     draft_deadline_max_ms: float = Field(default=250.0, ge=0.0)
+
+    emulated_step_ms: float = Field(
+        default=0.0, ge=0.0, description="for experiments: added to every step, as if the target were larger"
+    )
 
     @model_validator(mode="after")
     def _a_row_for_every_session(self) -> EngineConfig:
@@ -83,6 +101,13 @@ class StageConfig(_Config):
     def _known_name(self) -> StageConfig:
         if self.name not in STAGE_NAMES:
             raise ValueError(f"stage name {self.name!r} is not one of {', '.join(STAGE_NAMES)}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_rank(self) -> StageConfig:
+        size = 1 if self.model is None else self.model.tensor_parallel_size
+        if size != 1:
+            raise ValueError(f"model.tensor_parallel_size: {size} is not supported for drafters; allowed: 1")
         return self
 
 

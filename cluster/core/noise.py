@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cluster.core import noise_native
+
 Uint32Array = npt.NDArray[np.uint32]
 Uint64Array = npt.NDArray[np.uint64]
 Float64Array = npt.NDArray[np.float64]
@@ -52,6 +54,13 @@ def _philox(even: Uint64Array, odd: Uint64Array, key_0: int, key_1: int, out: Ui
 
 def _blocks(seed: int, position: int, choice: int, blocks: npt.NDArray[Any]) -> Uint32Array:
     """(n, 4) uint32: the bits of the four tokens of each block; block b holds tokens 4 b to 4 b + 3."""
+    native = noise_native.library()
+    if native is not None:
+        return noise_native.philox_blocks(native, seed, position, choice, blocks)
+    return _numpy_blocks(seed, position, choice, blocks)
+
+
+def _numpy_blocks(seed: int, position: int, choice: int, blocks: npt.NDArray[Any]) -> Uint32Array:
     even, odd = np.zeros((2, len(blocks)), np.uint64), np.zeros((2, len(blocks)), np.uint64)
     even[0], odd[0], even[1] = position & MAX_BITS, choice & MAX_BITS, blocks
     out = np.empty((len(blocks), 4), np.uint32)

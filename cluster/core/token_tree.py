@@ -143,12 +143,33 @@ class TokenTree:
         return nodes[::-1]
 
     def take(self, nodes: npt.NDArray[Any]) -> TokenTree:
-        """The sub-tree of ``nodes`` (ascending, closed under parents), renumbered."""
+        """The sub-tree of ``nodes`` (ascending), renumbered. One whose parent is not among them hangs on the root."""
         renumber = np.full(len(self) + 1, -1, np.int32)
         renumber[nodes] = np.arange(len(nodes), dtype=np.int32)
         return TokenTree(
             self.tokens[nodes], renumber[self.parents[nodes]], self.scores[nodes], self.stages[nodes], self.key
         )
+
+    def after(self, tokens: Sequence[int]) -> TokenTree:
+        """What hangs below the path that ``tokens`` walk from the root; empty where there is no such path. Key None.
+
+        Scores become those of paths that begin there. Example: after [5] it is tokens [6, 8], parents [-1, -1].
+        """
+        node = -1
+        for token in tokens:
+            child = self.child(node, token)
+            if child is None:
+                return TokenTree.empty()
+            node = child
+        below = np.zeros(len(self) + 1, np.bool_)
+        below[node] = True
+        for index, parent in enumerate(self.parents.tolist()):
+            below[index] |= below[parent]
+        below[node] = False
+        tree = self.take(np.flatnonzero(below[:-1]))
+        share = float(self.scores[node]) if node >= 0 else 1.0
+        scores = np.minimum(tree.scores / share, 1.0).astype(np.float32) if share > 0.0 else np.zeros_like(tree.scores)
+        return TokenTree(tree.tokens, tree.parents, scores, tree.stages)
 
     def prune(self, max_nodes: int, max_depth: int | None = None) -> TokenTree:
         """The ``max_nodes`` best-scored nodes no deeper than ``max_depth``, closed under parents.

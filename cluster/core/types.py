@@ -126,6 +126,7 @@ class GenerateRequest:
     """One generation. ``resume_token_ids`` were emitted earlier: they count toward max_tokens, penalties and stops.
 
     ``priority``: lower is served first, as in vLLM. ``cache_salt``: K/V is reused among requests of equal salt only.
+    ``owner``: text that requests of one owner leave behind may draft for that owner's alone; "" is nobody.
     """
 
     request_id: str
@@ -137,6 +138,7 @@ class GenerateRequest:
     timeout_s: float | None = None
     priority: int = 0
     cache_salt: str = ""
+    owner: str = ""
 
     def __post_init__(self) -> None:
         _require(abs(self.priority) <= MAX_PRIORITY, "priority", f"{self.priority} is outside +-{MAX_PRIORITY}")
@@ -281,7 +283,11 @@ class GovernorReport:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A replica's load at one moment; ``kv_slots_*`` count sessions' KV slots, ``kv_usage`` is a share of positions."""
+    """A replica's load at one moment; ``kv_slots_*`` count sessions' KV slots, ``kv_usage`` is a share of positions.
+
+    Since start: ``drafts_wanted``, sessions' rounds that wanted a tree of the remote stages; ``drafts_cached``, those
+    that found it in the outcome cache; ``drafts_missing``, those for which none came in time.
+    """
 
     running: int
     waiting: int
@@ -290,6 +296,9 @@ class Load:
     drafter_sessions: dict[str, int] = field(default_factory=dict)
     worker_pids: dict[str, int] = field(default_factory=dict)
     deadline_misses: dict[str, int] = field(default_factory=dict)
+    drafts_wanted: int = 0
+    drafts_cached: int = 0
+    drafts_missing: int = 0
     last_choice: str = ""
     kv_usage: float = 0.0
     stats: EngineStats = EngineStats()

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 
 import torch
 
+from cluster.engine.collectives import RankGroup
 from cluster.engine.kernels import Kernels
-from cluster.engine.kv_cache import KVCache
+from cluster.engine.kv_store import KVStore
 from cluster.engine.model_config import DecoderConfig
 from cluster.engine.packed import Heads, PackedLayer, PackedModel
 from cluster.engine.rows import StepRows
+from cluster.engine.sharded import ShardedForward
 
 ROPE_CHUNK = 1024
 
@@ -23,10 +25,16 @@ class Decoder:
 
     weights: named as in the stock model (``model.layers.0.self_attn.q_proj.weight``), in the kernels' dtype.
     num_positions: position ids that can occur, that is, the KV cache's capacity plus scratch.
+    group: given where this is one rank of several; ``config`` and ``weights`` are its shard's then.
     """
 
     def __init__(
-        self, config: DecoderConfig, weights: Mapping[str, torch.Tensor], kernels: Kernels, num_positions: int
+        self,
+        config: DecoderConfig,
+        weights: Mapping[str, torch.Tensor],
+        kernels: Kernels,
+        num_positions: int,
+        group: RankGroup | None = None,
     ) -> None:
         self.config = config
         self.kernels = kernels
@@ -34,28 +42,34 @@ class Decoder:
         head = embedding if config.tie_word_embeddings else weights["lm_head.weight"]
         cos, sin = _rope_tables(config, num_positions, kernels.dtype)
         self.num_positions = num_positions
-        self._forward = kernels.forward_of(
-            PackedModel(
-                embedding,
-                tuple(_pack_layer(config, weights, kernels, index) for index in range(config.num_layers)),
-                weights["model.norm.weight"],
-                kernels.pack(head, wide=True),
-                Heads(config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps, cos, sin),
-            )
+        shared = group is not None
+        model = PackedModel(
+            embedding,
+            tuple(_pack_layer(config, weights, kernels, index, shared) for index in range(config.num_layers)),
+            weights["model.norm.weight"],
+            kernels.pack(head, wide=True),
+            Heads(config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps, cos, sin),
+        )
+        self._forward = (
+            kernels.forward_of(model)
+            if group is None
+            else ShardedForward(kernels.shard_of(model), model, config.vocab_size, group)
         )
 
-    def forward(self, step: StepRows, kv: KVCache, skip: frozenset[int] = frozenset()) -> torch.Tensor:
+    def forward(self, step: StepRows, kv: KVStore, skip: frozenset[int] = frozenset()) -> torch.Tensor:
         """Logits of the wanted rows: (wanted, vocab) fp32. Writes the rows' keys and values into the cache.
 
         Sub-layers are numbered 2 * layer (attention) and 2 * layer + 1 (MLP). A skipped one is the identity: only the
-        residual passes, and a skipped attention writes no keys.
+        residual passes, and a skipped attention writes no keys. Of several ranks, all call it alike, and only rank 0
+        gets logits.
         """
         return self._forward(step, kv, skip)
 
 
 def _pack_layer(
-    config: DecoderConfig, weights: Mapping[str, torch.Tensor], kernels: Kernels, index: int
+    config: DecoderConfig, weights: Mapping[str, torch.Tensor], kernels: Kernels, index: int, shared: bool
 ) -> PackedLayer:
+    """``shared``: several ranks add up what ``out`` and ``down`` give; then only rank 0 has their biases."""
     prefix = f"model.layers.{index}"
 
     def weight(name: str) -> torch.Tensor:
@@ -64,6 +78,9 @@ def _pack_layer(
     def bias(name: str, present: bool) -> torch.Tensor | None:
         return weights[f"{prefix}.{name}.bias"] if present else None
 
+    def bias_of_sum(name: str, present: bool) -> torch.Tensor | None:
+        return bias(name, present and (not shared or f"{prefix}.{name}.bias" in weights))
+
     names = [f"self_attn.{part}_proj" for part in "qkv"]
     qkv_bias = torch.cat([weights[f"{prefix}.{name}.bias"] for name in names]) if config.qkv_bias else None
     norms = (weight("self_attn.q_norm"), weight("self_attn.k_norm")) if config.qk_norm else None
@@ -71,7 +88,7 @@ def _pack_layer(
         input_norm=weight("input_layernorm"),
         qkv=kernels.pack(torch.cat([weight(name) for name in names]), qkv_bias),
         qk_norms=norms,
-        out=kernels.pack(weight("self_attn.o_proj"), bias("self_attn.o_proj", config.out_bias)),
+        out=kernels.pack(weight("self_attn.o_proj"), bias_of_sum("self_attn.o_proj", config.out_bias), wide=shared),
         mlp_norm=weight("post_attention_layernorm"),
         gate_up=kernels.pack_gated(
             weight("mlp.gate_proj"),
@@ -79,7 +96,7 @@ def _pack_layer(
             bias("mlp.gate_proj", config.mlp_bias),
             bias("mlp.up_proj", config.mlp_bias),
         ),
-        down=kernels.pack(weight("mlp.down_proj"), bias("mlp.down_proj", config.mlp_bias)),
+        down=kernels.pack(weight("mlp.down_proj"), bias_of_sum("mlp.down_proj", config.mlp_bias), wide=shared),
     )
 
 

@@ -1,4 +1,4 @@
-// The decoder's forward pass on a CPU, in fp32 and bf16: one call computes a whole step.
+// The decoder's forward pass on a CPU, in fp32 and bf16: one call computes a whole step, or one sub-layer of a rank.
 //
 // Contract: a row's result does not depend on the other rows of the call. Every output element is one chain of fused
 // multiply-adds in a fixed order, whatever the register tile; attention sums a row's keys in position order. The file
@@ -138,45 +138,81 @@ template <class T, class X> struct Forward {
 
   float scale() const { return (float)(1.0 / sqrt((double)model.dim)); }
 
-  void run(const uint8_t* skip, float* logits) const {
+  // A buffer of this thread, kept from step to step. Contents are those of its last use.
+  T* buffer(int which, int width) const {
     static thread_local std::vector<T> buffers[5];
-    const int rows = step.rows, hidden = model.hidden, qkv_width = (model.heads + 2 * model.kv_heads) * model.dim;
-    const int mixed_width = model.heads * model.dim;
-    const int widths[5] = {hidden, hidden, qkv_width, mixed_width, model.inner};
-    for (int i = 0; i < 5; ++i) buffers[i].resize((size_t)rows * widths[i]);
-    T *x = buffers[0].data(), *normed = buffers[1].data(), *qkv = buffers[2].data(), *mixed = buffers[3].data(), *inner = buffers[4].data();
-    for (int r = 0; r < rows; ++r) memcpy(x + (size_t)r * hidden, model.embedding + (size_t)step.tokens[r] * hidden, hidden * sizeof(T));
-    const size_t cache_size = (size_t)step.num_positions * model.kv_heads * model.dim;
-    for (int index = 0; index < model.num_layers; ++index) {
-      const Layer<T>& layer = model.layers[index];
-      if (!skip[2 * index]) {
-        T *keys = step.cache + 2 * index * cache_size, *values = keys + cache_size;
-        norm(x, layer.input_norm, normed);
-        linear(normed, rows, hidden, layer.qkv, nullptr, qkv, qkv_width);
-        each_row(rows, [&](int r) { rope_store(qkv, model, layer, step, keys, values, r); });
-        attention(qkv, keys, values, mixed);
-        linear(mixed, rows, mixed_width, layer.out, x, x, hidden);
-      }
-      if (!skip[2 * index + 1]) {
-        norm(x, layer.mlp_norm, normed);
-        linear(normed, rows, hidden, layer.gate_up, nullptr, inner, model.inner, false, true);
-        linear(inner, rows, model.inner, layer.down, x, x, hidden);
-      }
+    size_t size = (size_t)step.rows * width;
+    if (buffers[which].size() < size) buffers[which].resize(size);
+    return buffers[which].data();
+  }
+  T* hidden_rows() const { return buffer(0, model.hidden); }
+  T* normed_rows() const { return buffer(1, model.hidden); }
+
+  // One sub-layer of x (rows, hidden): added to x in place, or (wide) written alone to `out`, in fp32.
+  void sub_layer(int index, T* x, void* out, bool wide) const {
+    const Layer<T>& layer = model.layers[index / 2];
+    const int rows = step.rows, hidden = model.hidden;
+    const T* residual = wide ? nullptr : x;
+    T* normed = normed_rows();
+    if (index % 2) {
+      T* inner = buffer(4, model.inner);
+      norm(x, layer.mlp_norm, normed);
+      linear(normed, rows, hidden, layer.gate_up, nullptr, inner, model.inner, false, true);
+      linear(inner, rows, model.inner, layer.down, residual, out, hidden, wide);
+      return;
     }
+    const int qkv_width = (model.heads + 2 * model.kv_heads) * model.dim, mixed_width = model.heads * model.dim;
+    const size_t cache_size = (size_t)step.num_positions * model.kv_heads * model.dim;
+    T *qkv = buffer(2, qkv_width), *mixed = buffer(3, mixed_width);
+    T *keys = step.cache + index * cache_size, *values = keys + cache_size;
+    norm(x, layer.input_norm, normed);
+    linear(normed, rows, hidden, layer.qkv, nullptr, qkv, qkv_width);
+    each_row(rows, [&](int r) { rope_store(qkv, model, layer, step, keys, values, r); });
+    attention(qkv, keys, values, mixed);
+    linear(mixed, rows, mixed_width, layer.out, residual, out, hidden, wide);
+  }
+
+  void head(const T* x, float* logits) const {
     if (step.num_wanted == 0) return;
+    const int hidden = model.hidden;
+    T* normed = normed_rows();
     each_row(step.num_wanted, [&](int i) {
       norm_row(x + (size_t)step.wanted[i] * hidden, model.final_norm, normed + (size_t)i * hidden, hidden, model.eps);
     });
     linear(normed, step.num_wanted, hidden, model.head, nullptr, logits, model.vocab, true);
   }
+
+  void run(const uint8_t* skip, float* logits) const {
+    const int hidden = model.hidden;
+    T* x = hidden_rows();
+    for (int r = 0; r < step.rows; ++r) memcpy(x + (size_t)r * hidden, model.embedding + (size_t)step.tokens[r] * hidden, hidden * sizeof(T));
+    for (int index = 0; index < 2 * model.num_layers; ++index)
+      if (!skip[index]) sub_layer(index, x, x, false);
+    head(x, logits);
+  }
 };
 
 }  // namespace
 
-// skip: (2 * layers) flags of sub-layers to leave out; logits: (num_wanted, vocab).
+// A whole step. skip: (2 * layers) flags of sub-layers to leave out; logits: (num_wanted, vocab).
 extern "C" void forward_f32(const Model<float>* model, const Step<float>* step, const uint8_t* skip, float* logits, int threads) {
   Forward<float, float>{*model, *step, threads}.run(skip, logits);
 }
 extern "C" void forward_bf16(const Model<bf16>* model, const Step<bf16>* step, const uint8_t* skip, float* logits, int threads) {
   Forward<bf16, pairs>{*model, *step, threads}.run(skip, logits);
+}
+
+// A step of one rank among several, in parts, between which the ranks add up. x: (rows, hidden), not changed.
+// sub_layer: this rank's addend to the residual, (rows, hidden); head: the logits of its part of the vocabulary.
+extern "C" void sub_layer_f32(const Model<float>* model, const Step<float>* step, int index, float* x, float* addend, int threads) {
+  Forward<float, float>{*model, *step, threads}.sub_layer(index, x, addend, true);
+}
+extern "C" void sub_layer_bf16(const Model<bf16>* model, const Step<bf16>* step, int index, bf16* x, float* addend, int threads) {
+  Forward<bf16, pairs>{*model, *step, threads}.sub_layer(index, x, addend, true);
+}
+extern "C" void head_f32(const Model<float>* model, const Step<float>* step, const float* x, float* logits, int threads) {
+  Forward<float, float>{*model, *step, threads}.head(x, logits);
+}
+extern "C" void head_bf16(const Model<bf16>* model, const Step<bf16>* step, const bf16* x, float* logits, int threads) {
+  Forward<bf16, pairs>{*model, *step, threads}.head(x, logits);
 }

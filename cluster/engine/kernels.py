@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from cluster.core.errors import ConfigError
-from cluster.engine.kv_cache import KVCache
+from cluster.engine.kv_store import KVStore
 from cluster.engine.packed import PackedLinear, PackedModel
 from cluster.engine.rows import StepRows
 
@@ -23,8 +23,23 @@ logger = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
-Forward = Callable[[StepRows, KVCache, frozenset[int]], torch.Tensor]
+Forward = Callable[[StepRows, KVStore, frozenset[int]], torch.Tensor]
 """(step, cache, sub-layers to skip) -> logits of the wanted rows, (wanted, vocab) fp32; writes keys and values."""
+
+
+class ShardStep(Protocol):
+    """One step of a model's shard, in the parts between which the ranks meet. hidden: (n, hidden), the same on all."""
+
+    def addend(self, sub_layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The rank's addend to what the sub-layer adds to the residual: (n, hidden), in the dtype sums are kept in.
+
+        Writes the keys and values of the rank's heads.
+        """
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The wanted rows' logits for the rank's share of the vocabulary: (wanted, share) fp32."""
+        ...
 
 
 class Kernels(Protocol):
@@ -51,15 +66,19 @@ class Kernels(Protocol):
         """The forward pass over a model packed by these kernels."""
         ...
 
+    def shard_of(self, model: PackedModel) -> Callable[[StepRows, KVStore], ShardStep]:
+        """The steps of a shard, whose layers' ``out`` and ``down`` are packed wide."""
+        ...
+
 
 def choose_kernels(choice: str, dtype: str, threads: int = 0) -> Kernels:
     """``auto``: native where the dtype, the CPU and a compiler allow it, torch otherwise. Logs the choice and why.
 
     Raises ``ConfigError`` where native kernels are demanded but cannot be had, or a name is unknown.
     """
+    from cluster.core.native_build import NativeUnavailable
     from cluster.engine.kernels_native import NativeKernels
     from cluster.engine.kernels_torch import TorchKernels
-    from cluster.engine.native_build import NativeUnavailable
 
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: {dtype!r} is not supported; allowed: {', '.join(DTYPES)}")

@@ -1,20 +1,25 @@
-"""``kernels.cpp`` from Python: weights packed for it, and a step as one call through ctypes, which drops the GIL."""
+"""``kernels.cpp`` from Python: weights packed for it, and calls through ctypes, which drops the GIL.
+
+A step is one call; of a model's shard, whose ranks meet after every sub-layer, a call per sub-layer.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import platform
+from collections.abc import Callable
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cluster.core.native_build import NativeUnavailable, build_library
+from cluster.engine.cpu import cpu_flags
 from cluster.engine.huge_pages import Arena
-from cluster.engine.kernels import Forward
-from cluster.engine.kv_cache import KVCache
-from cluster.engine.native_build import NativeUnavailable, build_library
+from cluster.engine.kernels import Forward, ShardStep
+from cluster.engine.kv_store import KVStore
 from cluster.engine.packed import PackedLayer, PackedLinear, PackedModel
 from cluster.engine.rows import StepRows
 
@@ -66,12 +71,10 @@ class _Step(Structure):
     )
 
 
-def _cpu_flags() -> frozenset[str]:
-    info = Path("/proc/cpuinfo")
-    if platform.machine() != "x86_64" or not info.is_file():
+def _usable_flags() -> frozenset[str]:
+    flags = cpu_flags()
+    if platform.machine() != "x86_64" or not flags:
         raise NativeUnavailable(f"they are built for x86_64 Linux, this is {platform.system()} {platform.machine()}")
-    line = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "")
-    flags = frozenset(line.split())
     if not {"avx2", "fma"} <= flags:
         raise NativeUnavailable("the CPU has no AVX2 with FMA")
     return flags
@@ -80,7 +83,7 @@ def _cpu_flags() -> frozenset[str]:
 @functools.cache
 def _library() -> ctypes.CDLL:
     try:
-        return ctypes.CDLL(str(build_library(SOURCES, FLAGS, sorted(_cpu_flags()))))
+        return ctypes.CDLL(str(build_library(SOURCES, FLAGS, sorted(_usable_flags()))))
     except OSError as error:
         raise NativeUnavailable(f"the compiled library does not load: {error}") from error
 
@@ -126,9 +129,15 @@ class NativeKernels:
         self.dtype = dtype
         self.threads = threads
         self._arena = Arena()
-        self._call = getattr(_library(), f"forward_{SUFFIXES[dtype]}")
-        self._call.argtypes = [POINTER(_Model), POINTER(_Step), c_void_p, c_void_p, c_int]
-        self._call.restype = None
+        self._forward = self._function("forward", c_void_p, c_void_p)
+        self._sub_layer = self._function("sub_layer", c_int, c_void_p, c_void_p)
+        self._head = self._function("head", c_void_p, c_void_p)
+
+    def _function(self, name: str, *arguments: Any) -> Any:
+        function = getattr(_library(), f"{name}_{SUFFIXES[self.dtype]}")
+        function.argtypes = [POINTER(_Model), POINTER(_Step), *arguments, c_int]
+        function.restype = None
+        return function
 
     def _blocks(self, weight: torch.Tensor) -> torch.Tensor:
         """(outputs, inputs) -> (blocks, steps, 16, 1 in fp32 or 2 in bf16)."""
@@ -155,46 +164,92 @@ class NativeKernels:
         return PackedLinear(self._arena.place(weight), bias, gate.shape[0], gated=True)
 
     def forward_of(self, model: PackedModel) -> Forward:
-        return _NativeForward(model, self._call, self.threads)
+        return _NativeForward(_NativeModel(model), self._forward, self.threads)
+
+    def shard_of(self, model: PackedModel) -> Callable[[StepRows, KVStore], ShardStep]:
+        native = _NativeModel(model)
+        return lambda step, kv: _NativeShardStep(native, step, kv, self._sub_layer, self._head, self.threads)
 
 
-class _NativeForward:
+class _NativeModel:
     """A model's addresses, laid out once for all steps. Keeps the model, and with it the memory, alive."""
 
-    def __init__(self, model: PackedModel, call: Any, threads: int) -> None:
-        self._model, self._call, self._threads = model, call, threads
-        heads, inner = model.heads, model.layers[0].gate_up.outputs
+    def __init__(self, model: PackedModel) -> None:
+        self._model = model
+        heads = model.heads
         self._layers = (_Layer * len(model.layers))(*map(_layer, model.layers))
-        self._native = _Model(
+        self.vocab_size = model.head.outputs
+        self.num_layers = len(model.layers)
+        self.struct = _Model(
             _address(model.embedding),
             self._layers,
             _address(model.final_norm),
             _matrix(model.head),
             _address(heads.cos),
             _address(heads.sin),
-            len(model.layers),
+            self.num_layers,
             model.embedding.shape[1],
-            inner,
+            model.layers[0].gate_up.outputs,
             heads.num,
             heads.num_kv,
             heads.dim,
-            model.vocab_size,
+            self.vocab_size,
             heads.eps,
         )
 
-    def __call__(self, step: StepRows, kv: KVCache, skip: frozenset[int]) -> torch.Tensor:
-        rows = len(step)
-        wanted = torch.arange(rows) if step.wanted is None else step.wanted
+
+def _step(step: StepRows, kv: KVStore, wanted: torch.Tensor) -> _Step:
+    return _Step(
+        *map(_address, (step.tokens, step.slots, step.prefixes, step.positions, step.cache_rows)),
+        *map(_address, (step.paths, step.path_lengths, wanted, kv.keys[0])),
+        kv.slot_size,
+        kv.num_slots * kv.slot_size,
+        len(step),
+        step.paths.shape[1],
+        len(wanted),
+    )
+
+
+def _wanted(step: StepRows) -> torch.Tensor:
+    return _all_rows(len(step)) if step.wanted is None else step.wanted
+
+
+@functools.lru_cache(maxsize=1024)
+def _all_rows(count: int) -> torch.Tensor:
+    return torch.arange(count)
+
+
+class _NativeForward:
+    """A whole step in one call."""
+
+    def __init__(self, model: _NativeModel, call: Any, threads: int) -> None:
+        self._model, self._call, self._threads = model, call, threads
+
+    def __call__(self, step: StepRows, kv: KVStore, skip: frozenset[int]) -> torch.Tensor:
+        wanted = _wanted(step)
         logits = torch.empty((len(wanted), self._model.vocab_size))
-        native = _Step(
-            *map(_address, (step.tokens, step.slots, step.prefixes, step.positions, step.cache_rows)),
-            *map(_address, (step.paths, step.path_lengths, wanted, kv.keys[0])),
-            kv.slot_size,
-            kv.num_slots * kv.slot_size,
-            rows,
-            step.paths.shape[1],
-            len(wanted),
-        )
-        flags = bytes(index in skip for index in range(2 * len(self._model.layers)))
-        self._call(self._native, native, flags, logits.data_ptr(), self._threads)
+        flags = bytes(index in skip for index in range(2 * self._model.num_layers))
+        self._call(self._model.struct, _step(step, kv, wanted), flags, logits.data_ptr(), self._threads)
         return logits
+
+
+class _NativeShardStep:
+    """One step of a shard, a call per sub-layer. Keeps the step's arrays alive."""
+
+    def __init__(
+        self, model: _NativeModel, step: StepRows, kv: KVStore, sub_layer: Any, head: Any, threads: int
+    ) -> None:
+        self._model, self._sub_layer, self._head, self._threads = model, sub_layer, head, threads
+        self._rows, self._wanted = step, _wanted(step)
+        self._step = _step(step, kv, self._wanted)
+
+    def addend(self, sub_layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        result = torch.empty(hidden.shape)
+        addresses = hidden.data_ptr(), result.data_ptr()
+        self._sub_layer(self._model.struct, self._step, sub_layer, *addresses, self._threads)
+        return result
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        result = torch.empty((len(self._wanted), self._model.vocab_size))
+        self._head(self._model.struct, self._step, hidden.data_ptr(), result.data_ptr(), self._threads)
+        return result

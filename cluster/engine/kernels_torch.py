@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from cluster.engine.kernels import Forward
-from cluster.engine.kv_cache import KVCache
-from cluster.engine.packed import Heads, PackedLayer, PackedLinear, PackedModel
+from cluster.engine.kernels import Forward, ShardStep
+from cluster.engine.kv_store import KVStore
+from cluster.engine.packed import Heads, PackedLinear, PackedModel
 from cluster.engine.rows import StepRows
 
 TILE, WIDTH, BLOCK, CHUNK = 8, 64, 64, 4096
@@ -36,6 +36,19 @@ def _exp(x: torch.Tensor) -> torch.Tensor:
 
 def _pad_width(weight: torch.Tensor) -> torch.Tensor:
     return F.pad(weight, (0, -weight.shape[1] % WIDTH, 0, -weight.shape[0] % WIDTH))
+
+
+class _TorchShardStep:
+    """One step of a shard."""
+
+    def __init__(self, kernels: TorchKernels, model: PackedModel, step: StepRows, kv: KVStore) -> None:
+        self._kernels, self._model, self._step, self._kv = kernels, model, step, kv
+
+    def addend(self, sub_layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        return self._kernels.sub_layer(self._model, sub_layer, hidden, self._step, self._kv)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._kernels.logits(self._model, hidden, self._step)
 
 
 class TorchKernels:
@@ -68,31 +81,41 @@ class TorchKernels:
     def forward_of(self, model: PackedModel) -> Forward:
         return functools.partial(self._forward, model)
 
-    def _forward(self, model: PackedModel, step: StepRows, kv: KVCache, skip: frozenset[int]) -> torch.Tensor:
+    def shard_of(self, model: PackedModel) -> Callable[[StepRows, KVStore], ShardStep]:
+        return functools.partial(_TorchShardStep, self, model)
+
+    def _forward(self, model: PackedModel, step: StepRows, kv: KVStore, skip: frozenset[int]) -> torch.Tensor:
         hidden = model.embedding[step.tokens]
-        for index, layer in enumerate(model.layers):
-            if 2 * index not in skip:
-                hidden = self._attention(hidden, model.heads, layer, step, kv.keys[index], kv.values[index])
-            if 2 * index + 1 not in skip:
-                inner = self.linear(self.norm(hidden, layer.mlp_norm, model.heads.eps), layer.gate_up)
-                hidden = self.linear(inner, layer.down, residual=hidden)
+        for index in range(2 * len(model.layers)):
+            if index not in skip:
+                hidden = self.sub_layer(model, index, hidden, step, kv, residual=hidden)
+        return self.logits(model, hidden, step)
+
+    def sub_layer(
+        self,
+        model: PackedModel,
+        index: int,
+        hidden: torch.Tensor,
+        step: StepRows,
+        kv: KVStore,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention (even ``index``) or MLP (odd) of one layer over ``hidden``: (n, hidden), as ``linear`` gives it."""
+        layer, eps = model.layers[index // 2], model.heads.eps
+        if index % 2:
+            inner = self.linear(self.norm(hidden, layer.mlp_norm, eps), layer.gate_up)
+            return self.linear(inner, layer.down, residual)
+        keys, values = kv.keys[index // 2], kv.values[index // 2]
+        qkv = self.linear(self.norm(hidden, layer.input_norm, eps), layer.qkv)
+        self.rope_store(qkv, model.heads, layer.qk_norms, step, keys, values)
+        return self.linear(self.attention(qkv, model.heads, step, keys, values), layer.out, residual)
+
+    def logits(self, model: PackedModel, hidden: torch.Tensor, step: StepRows) -> torch.Tensor:
+        """(wanted, vocab) fp32."""
         wanted = hidden if step.wanted is None else hidden[step.wanted]
         if not len(wanted):
-            return torch.empty((0, model.vocab_size))
-        return self.linear(self.norm(wanted, model.final_norm, model.heads.eps), model.head)
-
-    def _attention(
-        self,
-        hidden: torch.Tensor,
-        heads: Heads,
-        layer: PackedLayer,
-        step: StepRows,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-    ) -> torch.Tensor:
-        qkv = self.linear(self.norm(hidden, layer.input_norm, heads.eps), layer.qkv)
-        self.rope_store(qkv, heads, layer.qk_norms, step, keys, values)
-        return self.linear(self.attention(qkv, heads, step, keys, values), layer.out, residual=hidden)
+            return torch.empty((0, model.head.outputs))
+        return self.linear(self.norm(wanted, model.final_norm, model.heads.eps), model.head).float()
 
     def _multiply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, outputs: int) -> torch.Tensor:
         x = F.pad(x.to(weight.dtype), (0, weight.shape[1] - x.shape[1]))
@@ -108,8 +131,6 @@ class TorchKernels:
             result = (wide / (1 + _exp(-wide))).to(self.dtype) * up
         else:
             result = self._multiply(x, packed.weight, packed.bias, packed.outputs)
-        if packed.wide:
-            return result.float().contiguous()
         return (result if residual is None else residual + result).contiguous()
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

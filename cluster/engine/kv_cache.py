@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from cluster.core.errors import Overloaded
-from cluster.engine import huge_pages
+from cluster.engine.kv_store import KVStore, Move
 from cluster.engine.model_config import DecoderConfig
 
 Int32Array = npt.NDArray[np.int32]
@@ -54,38 +54,19 @@ class _Slot:
     paths: list[Int32Array] = field(default_factory=list)
 
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class KVCache:
-    """Keys and values of all layers and slots, with the bookkeeping of who owns what.
-
-    ``keys[layer]``, ``values[layer]``: (slots, capacity + scratch, kv_heads, head_dim). ``capacity`` bounds a slot's
-    committed length; ``scratch`` is the room a full slot still has for a round's rows.
-    """
+class KVCache(KVStore):
+    """Keys and values of all layers and slots, with the bookkeeping of who owns what."""
 
     def __init__(
         self, config: DecoderConfig, num_slots: int, capacity: int, scratch: int, dtype: torch.dtype = torch.float32
     ) -> None:
-        self.num_slots, self.capacity, self.scratch = num_slots, capacity, scratch
-        shape = (config.num_layers, 2, num_slots, capacity + scratch, config.num_kv_heads, config.head_dim)
-        # Zeros, not garbage: the torch kernels read keys that they then mask, and 0 * NaN would show.
-        self._data = huge_pages.zeros(shape, dtype)
-        # Moves go through numpy: torch would share them out to threads that spin on beside the kernels'.
-        self._bits = self._data.view(_INTEGERS[dtype.itemsize]).numpy()
-        self.keys = [self._data[layer, 0] for layer in range(config.num_layers)]
-        self.values = [self._data[layer, 1] for layer in range(config.num_layers)]
+        super().__init__(config, num_slots, capacity, scratch, dtype)
         self._slots = [_Slot() for _ in range(num_slots)]
         self._free = list(range(num_slots))
 
     @property
     def num_free(self) -> int:
         return len(self._free)
-
-    @property
-    def slot_size(self) -> int:
-        """Positions of one slot: capacity plus scratch."""
-        return self.capacity + self.scratch
 
     @property
     def free_slots(self) -> tuple[int, ...]:
@@ -95,11 +76,6 @@ class KVCache:
     def usage(self) -> float:
         """Share of all positions that running sessions hold."""
         return sum(slot.length for slot in self._slots if slot.owned) / (self.num_slots * self.capacity)
-
-    @property
-    def num_bytes(self) -> int:
-        """What keys and values take once every slot is full; pages never written to take nothing."""
-        return self._data.numel() * self._data.element_size()
 
     def allocate(self, slot: int | None = None, keep: int = 0) -> int:
         """Take a free slot, any one or ``slot``, with the first ``keep`` of the positions it was freed with.
@@ -134,7 +110,7 @@ class KVCache:
         state = self._owned(target)
         if source == target or not 0 <= length <= self._slots[source].length:
             raise ValueError(f"slot {source} cannot give {length} positions to slot {target}")
-        self._bits[:, :, target, :length] = self._bits[:, :, source, :length]
+        self.move(Move(source, range(length), target, 0))
         state.length, state.paths = length, []
 
     def fill(self, slot: int, length: int) -> None:
@@ -193,10 +169,7 @@ class KVCache:
             raise ValueError(f"slot {slot}: {state.length} + {len(path)} positions exceed the capacity {self.capacity}")
         first_moved = next((index for index, row in enumerate(path) if row != index), len(path))
         if first_moved < len(path):
-            start = state.length + first_moved
-            sources = np.array(path[first_moved:]) + state.length
-            region = self._bits[:, :, slot]
-            region[:, :, start : start + len(sources)] = region[:, :, sources]
+            self.move(Move(slot, [state.length + row for row in path[first_moved:]], slot, state.length + first_moved))
         state.length += len(path)
         state.paths = []
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from cluster.core.disk_cache import cache_folder
 from cluster.core.errors import ConfigError
-from cluster.engine.disk_cache import cache_folder
 
 Report = Callable[[str], None]
 FORMS = "a folder, a .gguf file, a hub id (owner/name), or pypi:PACKAGE"

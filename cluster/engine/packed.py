@@ -11,7 +11,7 @@ import torch
 class PackedLinear:
     """A weight in a kernel's own layout. ``gated``: gate and up in one; the result is silu(gate) * up.
 
-    ``wide``: the result is fp32 whatever the dtype (the LM head).
+    ``wide``: the result keeps the dtype sums are computed in, fp32 or fp64 (the LM head, and what ranks add up).
     """
 
     weight: torch.Tensor
@@ -51,14 +51,11 @@ class PackedLayer:
 
 @dataclass(frozen=True, slots=True)
 class PackedModel:
-    """embedding: (vocab, hidden) in the model's dtype; head: (vocab, hidden), wide."""
+    """embedding: (vocab, hidden) in the model's dtype; head: (vocab, hidden), wide. Of a shard: its heads, its share of
+    the MLP's width and of the vocabulary."""
 
     embedding: torch.Tensor
     layers: tuple[PackedLayer, ...]
     final_norm: torch.Tensor
     head: PackedLinear
     heads: Heads
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.embedding.shape[0])

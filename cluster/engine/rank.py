@@ -42,7 +42,14 @@ class Rank:
     @functools.cached_property
     def row_invariant(self) -> bool:
         """Whether a row's logits are bit-equal whatever else is in the step, as a check on this machine found."""
-        return is_row_invariant(self.decoder)
+        return is_row_invariant(self)
+
+    def warn_if_not_row_invariant(self) -> None:
+        if not self.row_invariant:
+            dtype = self.decoder.kernels.dtype
+            logger.warning(
+                "kernels: %s in %s are not row-invariant here: output may depend on batching", self.kernels, dtype
+            )
 
     @torch.inference_mode()
     def forward(self, batch: Sequence[SlotRows], skip: frozenset[int] = frozenset()) -> torch.Tensor:
@@ -55,6 +62,9 @@ class Rank:
         if not batch:
             return torch.empty((0, self.config.vocab_size))
         return self.decoder.forward(lay_out(batch, self.kv, self.config.vocab_size), self.kv, skip)
+
+    def close(self) -> None:
+        """Let go of what the rank holds beside memory: nothing, where it is the only one."""
 
 
 def build_rank(
@@ -73,43 +83,46 @@ def build_rank(
     that cannot be served.
     """
     config = read_config(folder)
+    check_window(config, capacity)
+    chosen = choose_kernels(kernels, dtype, threads)
+    decoder = Decoder(config, load_weights(folder, config, chosen.dtype), chosen, capacity + scratch)
+    rank = Rank(decoder, KVCache(config, num_slots, capacity, scratch, chosen.dtype))
+    rank.warn_if_not_row_invariant()
+    return rank
+
+
+def check_window(config: DecoderConfig, capacity: int) -> None:
+    """Raises ``ConfigError`` where positions would fall out of the model's sight before ``capacity``."""
     if config.sliding_window is not None and config.sliding_window < capacity:
         raise ConfigError(
             f"sliding_window: {config.sliding_window} is not supported with max_model_len {capacity}; "
             f"allowed: max_model_len up to {config.sliding_window}"
         )
-    chosen = choose_kernels(kernels, dtype, threads)
-    decoder = Decoder(config, load_weights(folder, config, chosen.dtype), chosen, capacity + scratch)
-    rank = Rank(decoder, KVCache(config, num_slots, capacity, scratch, chosen.dtype))
-    if not rank.row_invariant:
-        logger.warning(
-            "kernels: %s in %s are not row-invariant here: output may depend on batching", chosen.name, dtype
-        )
-    return rank
 
 
-def is_row_invariant(decoder: Decoder) -> bool:
+def is_row_invariant(rank: Rank) -> bool:
     """Run the first layer and the head on random tokens in several groupings, and compare bit for bit.
 
-    Every matrix shape of the model is in one layer and the head, so this costs a fraction of a step.
+    Every matrix shape of the model is in one layer and the head, so this costs a fraction of a step. Uses one free KV
+    slot and gives it back.
     """
-    config = decoder.config
+    config, kv = rank.config, rank.kv
     skip = frozenset(range(2, 2 * config.num_layers))
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, 24, dtype=np.int32)
-    chain = np.arange(-1, 23, dtype=np.int32)
-    size = min(48, decoder.num_positions)
-    rank = Rank(decoder, KVCache(config, 2, size // 2, size - size // 2, decoder.kernels.dtype))
-    tokens, chain = tokens[: size // 2], chain[: size // 2]
-    whole = rank.kv.allocate()
-    expected = rank.forward([SlotRows(whole, tokens, chain)], skip)
-    for width in (1, 3):
-        slot = rank.kv.allocate()
-        parts = []
-        for start in range(0, len(tokens), width):
-            chunk = tokens[start : start + width]
-            parts.append(rank.forward([SlotRows(slot, chunk, chain[: len(chunk)])], skip))
-            rank.kv.commit(slot, range(len(chunk)))
-        rank.kv.free(slot)
-        if not torch.equal(torch.cat(parts), expected):
-            return False
-    return True
+    count = min(24, kv.capacity, kv.scratch)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, count, dtype=np.int32)
+    chain = np.arange(-1, count - 1, dtype=np.int32)
+    slot = kv.allocate()
+    try:
+        expected = rank.forward([SlotRows(slot, tokens, chain)], skip)
+        for width in (1, 3):
+            kv.truncate(slot, 0)
+            parts = []
+            for start in range(0, count, width):
+                chunk = tokens[start : start + width]
+                parts.append(rank.forward([SlotRows(slot, chunk, chain[: len(chunk)])], skip))
+                kv.commit(slot, range(len(chunk)))
+            if not torch.equal(torch.cat(parts), expected):
+                return False
+        return True
+    finally:
+        kv.free(slot)

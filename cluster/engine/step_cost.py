@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import math
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cluster.engine.disk_cache import cache_folder
+from cluster.core.disk_cache import cache_folder
+from cluster.engine.cpu import cpu_name
 from cluster.engine.kv_cache import SlotRows
 from cluster.engine.rank import Rank
 
@@ -106,15 +106,6 @@ def curve_path(folder: Path, dtype: str, kernels: str, threads: int) -> Path:
     parts += [source.read_text() for source in sorted(Path(__file__).parent.iterdir()) if source.is_file()]
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
     return cache_folder("cost") / f"{digest[:24]}.json"
-
-
-def cpu_name() -> str:
-    """The CPU's model, as the system names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _least_seconds(rank: Rank, widths: Sequence[int], context: int, repeats: int) -> list[float]:

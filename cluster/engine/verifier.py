@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cluster.core import noise_native
 from cluster.core.accept import Accepted, accept
 from cluster.core.errors import EngineFailed
 from cluster.core.token_tree import TokenTree
@@ -56,10 +57,15 @@ class StepTimes:
 
 
 class Verifier:
-    """Runs steps over a rank. Touches torch; owned by the engine thread."""
+    """Runs steps over a rank. Touches torch; owned by the engine thread.
 
-    def __init__(self, rank: Rank) -> None:
+    ``pause_s`` is added to every forward pass: experiments emulate a larger target by it.
+    """
+
+    def __init__(self, rank: Rank, pause_s: float = 0.0) -> None:
         self.rank = rank
+        self._pause_s = pause_s
+        noise_native.library()  # compiled now rather than within a round
 
     def step(
         self, prefills: Sequence[Prefill], verifies: Sequence[Verify]
@@ -73,6 +79,8 @@ class Verifier:
         batch = [_tree_rows(work) for work in verifies] + [_chain_rows(work) for work in prefills]
         logits = self.rank.forward(batch)
         rows = logits.numpy()
+        if self._pause_s:
+            time.sleep(self._pause_s)
         forwarded = time.perf_counter()
         for chunk in prefills:
             self.rank.kv.commit(chunk.slot, range(len(chunk.token_ids)))

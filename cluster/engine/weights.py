@@ -17,6 +17,7 @@ from safetensors import safe_open
 from cluster.core.errors import ConfigError
 from cluster.engine.model_config import DecoderConfig, decoder_config_from_hf, read_config
 from cluster.engine.model_source import resolve_model
+from cluster.engine.shard import Shard
 
 __all__ = [
     "decoder_config_from_hf",
@@ -27,24 +28,35 @@ __all__ = [
     "resolve_model",
 ]
 
+WHOLE = Shard()
 
-def load_weights(folder: Path, config: DecoderConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """All tensors the decoder needs, by their stock names, converted to ``dtype``.
 
-    Raises ``ConfigError`` naming tensors that are missing or of another shape than the configuration says.
+def load_weights(
+    folder: Path, config: DecoderConfig, dtype: torch.dtype, shard: Shard = WHOLE
+) -> dict[str, torch.Tensor]:
+    """All tensors the decoder needs, by their stock names, converted to ``dtype``; of each, the shard's part only.
+
+    ``config`` is the whole model's. Raises ``ConfigError`` naming tensors that are missing or of another shape than the
+    configuration says.
     """
     expected = dict(_expected_shapes(config))
     weights: dict[str, torch.Tensor] = {}
+    found: set[str] = set()
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as shard:
-            for name in expected.keys() & set(shard.keys()):
-                weights[name] = shard.get_tensor(name).to(dtype).contiguous()
-    missing = sorted(expected.keys() - weights.keys())
+        with safe_open(file, framework="pt") as tensors:
+            for name in expected.keys() & set(tensors.keys()):
+                found.add(name)
+                stored = tensors.get_slice(name)
+                if tuple(stored.get_shape()) != expected[name]:
+                    shapes = f"{tuple(stored.get_shape())} in {folder}, config.json says {expected[name]}"
+                    raise ConfigError(f"model: {name} is {shapes}")
+                cut = shard.cut(name, config)
+                if cut is not None:
+                    part = tensors.get_tensor(name) if shard == WHOLE else stored[cut]
+                    weights[name] = part.to(dtype).contiguous()
+    missing = sorted(expected.keys() - found)
     if missing:
         raise ConfigError(f"model: {folder}/*.safetensors lack {len(missing)} tensors, among them {missing[:3]}")
-    for name, shape in expected.items():
-        if tuple(weights[name].shape) != shape:
-            raise ConfigError(f"model: {name} is {tuple(weights[name].shape)} in {folder}, config.json says {shape}")
     return weights
 
 

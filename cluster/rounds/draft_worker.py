@@ -109,7 +109,7 @@ class DraftWorker:
             return False
         if ask.start is not None and (held is None or _newer(target, held.key)):
             start = ask.start
-            if not self._drafter.begin(name, start.token_ids, start.params, start.prompt_len):
+            if not self._drafter.begin(name, start.token_ids, start.params, start.prompt_len, start.owner):
                 self._held.pop(name, None)
                 return False
             self._held[name] = _Held(target, self._clock())

@@ -7,7 +7,7 @@ governor's choices.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from cluster.core.config import EngineConfig
 from cluster.core.token_tree import TokenTree
@@ -29,7 +29,12 @@ class Drafting:
     """The sessions' drafters. Engine thread only; nothing here blocks longer than the deadline for trees."""
 
     def __init__(
-        self, config: EngineConfig, governor: Governor, local: GuardedDrafter | None, pipeline: Pipeline | None
+        self,
+        config: EngineConfig,
+        governor: Governor,
+        local: GuardedDrafter | None,
+        pipeline: Pipeline | None,
+        clock: Callable[[], float],
     ) -> None:
         self._usual = [LOCAL, PLAIN] if local is not None else [PLAIN]  # what the engine can do by itself
         self.mode = self._usual[0]
@@ -39,7 +44,8 @@ class Drafting:
         self._pipeline = pipeline
         self._asked: set[str] = set()  # sessions the local drafter was asked for in this round, by the gate's choice
         self._nodes_of_late: dict[str, float] = {}
-        self._expedition_s = time.monotonic()
+        self._clock = clock
+        self._expedition_s = clock()
 
     # --- sessions come and go
 
@@ -47,12 +53,16 @@ class Drafting:
         if self.cap(session) == 0:
             return
         if self._local is not None:
-            self._local.begin(session.id, session.tokens, session.params, session.prompt_len)
+            owner = session.request.owner
+            self._local.begin(session.id, session.tokens, session.params, session.prompt_len, owner)
         if self._pipeline is not None:
             self._pipeline.open(session, session.request.speculation.stages or ())
 
-    def end(self, session: Session) -> None:
+    def end(self, session: Session, last: Commit | None = None) -> None:
+        """``last``: what the session emitted in the round that ended it: drafters may learn from whole outputs."""
         if self._local is not None:
+            if last is not None:
+                self._local.commit(session.id, last.token_ids)
             self._local.end(session.id)
         if self._pipeline is not None:
             self._pipeline.close(session.id)
@@ -130,7 +140,7 @@ class Drafting:
 
     def _worth_leases(self) -> bool:
         """Whether sessions shall hold workers of the remote stages: they pay, nothing is known yet, or it is time."""
-        modes, now = self._governor.modes, time.monotonic()
+        modes, now = self._governor.modes, self._clock()
         if now - self._expedition_s > EXPEDITION_GAP_S:
             self._expedition_s = now
         fastest = max(map(modes.speed, modes.steps), default=0.0)

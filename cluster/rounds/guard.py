@@ -30,10 +30,12 @@ class GuardedDrafter:
     def holds(self, session_id: str) -> bool:
         return session_id in self._held
 
-    def begin(self, session_id: str, token_ids: Sequence[int], params: SamplingParams, prompt_len: int) -> bool:
+    def begin(
+        self, session_id: str, token_ids: Sequence[int], params: SamplingParams, prompt_len: int, owner: str = ""
+    ) -> bool:
         """False where the drafter does not take the session."""
         try:
-            self._drafter.begin(session_id, token_ids, params, prompt_len)
+            self._drafter.begin(session_id, token_ids, params, prompt_len, owner)
         except Overloaded as error:
             log.info("the drafter does not take session %s: %s", session_id, error)
             self.end(session_id)

@@ -12,7 +12,7 @@ from typing import Any
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import Commit, SamplingParams
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,7 @@ class SessionStart:
     token_ids: tuple[int, ...]
     prompt_len: int
     params: SamplingParams
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,18 @@ class WorkerFacts:
     pid: int
     protocol: int
     tokenizer_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """A draft worker's work since it started: seconds of computing, asks, and asks that a newer one had overtaken."""
+
+    busy_s: float
+    asks: int
+    overtaken: int
+
+    def plus(self, busy_s: float, asks: int, overtaken: int) -> WorkerLoad:
+        return WorkerLoad(self.busy_s + busy_s, self.asks + asks, self.overtaken + overtaken)
 
 
 @dataclass(frozen=True, slots=True)

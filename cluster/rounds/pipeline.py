@@ -2,6 +2,10 @@
 
 Passive: the engine thread calls ``ask`` after a commit and ``collect`` before the next step; replies arrive on the
 transport's own thread and land in a mailbox. Which process answers is the transport's business (``DraftTransport``).
+
+Run-ahead: stages are asked for more nodes than a step verifies. Such a tree is also an outcome cache: where the tokens
+that the target emits walk into it, what hangs below is the next round's tree, and nobody waits. So while the target
+verifies, the drafters work on the tree after the next one.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from cluster.core.errors import InvalidTree
-from cluster.core.token_tree import TokenTree
+from cluster.core.token_tree import MAX_NODES, TokenTree
 from cluster.core.types import Commit, TreeKey
 from cluster.rounds.messages import DraftAsk, DraftReply, SessionStart
 from cluster.rounds.session import Session
@@ -27,6 +31,7 @@ MISSES_TO_OPEN = 2  # a stage that misses this many deadlines in a row is left o
 PROBE_INTERVAL_S = 1.0  # ... and asked again this often, without anyone waiting for it
 START_INTERVAL_S = 1.0  # a stage is sent a session's start this often at most
 MAX_DEPTH = 32
+WORTH_TAKING = 0.25  # accepted nodes that a tree from the cache must promise; else the round waits for a fresh one
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,11 @@ class _StageHealth:
     def open(self) -> bool:
         return self.misses_in_a_row >= MISSES_TO_OPEN
 
+    def answered(self) -> None:
+        """In time. Only a probe closes an open breaker."""
+        if not self.open:
+            self.misses_in_a_row = 0
+
 
 @dataclass(slots=True)
 class _Asked:
@@ -88,7 +98,8 @@ class _Asked:
 
     ``held``: length each stage's worker acknowledged. ``started``: when a stage was last sent the session's start.
     ``chain``, ``heard``, ``trees``: stages of the ask under way, those that answered it, and with what; ``asked_s``:
-    when it was sent. ``leased``: whether workers were asked for.
+    when it was sent. ``leased``: whether workers were asked for. ``newest``: the last tree that came, in time or not;
+    ``cached``: what the latest tokens have left of it.
     """
 
     session: Session
@@ -101,19 +112,37 @@ class _Asked:
     heard: set[str] = field(default_factory=set)
     trees: dict[str, TokenTree] = field(default_factory=dict)
     failed: bool = False
+    newest: TokenTree | None = None
+    cached: TokenTree | None = None
 
     @property
     def waiting(self) -> bool:
-        return self.waiting_for is not None and not self.failed and self.chain[-1] not in self.heard
+        there = self.cached is not None or self.failed
+        return self.waiting_for is not None and not there and self.chain[-1] not in self.heard
 
     def clear(self) -> None:
-        self.waiting_for, self.chain, self.failed = None, (), False
+        self.waiting_for, self.chain, self.failed, self.cached = None, (), False, None
         self.heard, self.trees = set(), {}
 
     def best_tree(self) -> TokenTree | None:
-        """The tree of the last stage that sent one, if it hangs on the session's present state."""
-        tree = next((self.trees[stage] for stage in reversed(self.chain) if stage in self.trees), None)
+        """The tree of the last stage that sent one, or else the cached one, if it hangs on the present state."""
+        tree = next((self.trees[stage] for stage in reversed(self.chain) if stage in self.trees), self.cached)
         return tree if tree is not None and tree.key == self.session.key else None
+
+    def look_up(self) -> None:
+        """Walk the tokens since the newest tree's state into that tree."""
+        if self.newest is not None and self.newest.key is not None:
+            tree = self.newest.after(self.session.tokens[self.newest.key.base :])
+            if float(tree.scores.sum()) >= WORTH_TAKING:
+                self.cached = tree.with_key(self.session.key)
+
+    def keep(self, tree: TokenTree) -> None:
+        """For later look-ups, unless it is of an older state than the one there, or of none of this session's."""
+        key, present = tree.key, self.session.key
+        if key is None or key.epoch != present.epoch or key.base > present.base:
+            return
+        if self.newest is None or self.newest.key is None or key.base >= self.newest.key.base:
+            self.newest = tree
 
 
 class Pipeline:
@@ -129,15 +158,21 @@ class Pipeline:
         vocab_size: int,
         max_nodes: int,
         clock: Callable[[], float] = time.monotonic,
+        run_ahead: int = 0,
     ) -> None:
+        """``max_nodes``: of a tree that a round may want; stages are asked for ``run_ahead`` more."""
         self.stages = tuple(stages)
         self.misses: Counter[str] = Counter({stage: 0 for stage in stages})
         self.late = 0
         self.refused = 0
+        self.wanted = 0  # rounds of a session for which its stages were asked ...
+        self.cached = 0  # ... and in which the cache had its tree already
+        self.missing = 0  # ... or in which no tree came in time
         self.worker_pids: dict[str, int] = {}
         self._transport = transport
         self._vocab_size = vocab_size
-        self._max_nodes = max_nodes
+        self._run_ahead = run_ahead
+        self._most_nodes = min(max_nodes + run_ahead, MAX_NODES)
         self._clock = clock
         self._health = {stage: _StageHealth() for stage in stages}
         self._patience = math.inf  # the present deadline: how long a probe may take
@@ -159,9 +194,14 @@ class Pipeline:
             self._transport.open(session_id, [stage for stage in self.stages if stage in stages])
 
     def close(self, session_id: str) -> None:
+        """Let the session's workers go. Those that follow it are told the rest of its text first."""
         with self._arrived:
             known = self._sessions.pop(session_id, None)
+            followers = [stage for stage in known.held if self._usable(session_id, stage, None)] if known else []
         if known is not None and known.leased:
+            rest = [ChainAsk(session_id, {stage: _ask(known, stage, 0)}) for stage in followers]
+            if rest:
+                self._transport.draft(rest, self._deliver, self._failed)
             self._transport.close(session_id)
 
     @property
@@ -196,8 +236,11 @@ class Pipeline:
                 chains += [ChainAsk(session.id, {stage: self._start(known, stage)}) for stage in starts]
                 chain = [stage for stage in usable if stage in known.held]
                 if chain and max_nodes > 0 and session.max_depth > 0:
-                    chains.append(ChainAsk(session.id, {stage: _ask(known, stage, max_nodes) for stage in chain}))
+                    nodes = min(max_nodes + self._run_ahead, self._most_nodes)
+                    chains.append(ChainAsk(session.id, {stage: _ask(known, stage, nodes) for stage in chain}))
                     if probe not in chain:
+                        if self._run_ahead:
+                            known.look_up()
                         known.chain, known.waiting_for, known.asked_s = tuple(chain), session.key, self._clock()
                         under_way.add(session.id)
             if probe is not None and any(probe in chain.asks for chain in chains):
@@ -221,6 +264,7 @@ class Pipeline:
         with self._arrived:
             self._patience = timeout_s
             mine = [known for session in sessions if (known := self._sessions.get(session.id))]
+            asked = [known for known in mine if known.waiting_for is not None]
             while under_way := [known.asked_s for known in mine if known.waiting]:
                 left = max(under_way) + timeout_s - self._clock()
                 if left <= 0 or not self._arrived.wait(left):
@@ -230,8 +274,11 @@ class Pipeline:
             for stage in late:
                 self._missed(stage)
             for stage in in_time - late:
-                self._health[stage].misses_in_a_row = 0
+                self._health[stage].answered()
             trees = {known.session.id: tree for known in mine if (tree := known.best_tree()) is not None}
+            self.wanted += len(asked)
+            self.cached += sum(known.cached is not None for known in asked)
+            self.missing += sum(known.session.id not in trees for known in asked)
             for known in mine:
                 known.clear()
             return trees
@@ -254,7 +301,7 @@ class Pipeline:
     def _start(self, known: _Asked, stage: str) -> DraftAsk:
         session = known.session
         known.started[stage] = self._clock()
-        start = SessionStart(tuple(session.tokens), session.prompt_len, session.params)
+        start = SessionStart(tuple(session.tokens), session.prompt_len, session.params, session.request.owner)
         return DraftAsk(Commit(session.key, session.base, ()), 0, 0, start)
 
     # --- what comes back: any thread, any order, any number of times
@@ -303,17 +350,23 @@ class Pipeline:
 
     def _receive(self, session_id: str, stage: str, tree: TokenTree) -> None:
         known = self._sessions.get(session_id)
-        if known is None or tree.key is None or known.waiting_for != tree.key:
-            self.late += 1
+        in_time = known is not None and tree.key is not None and known.waiting_for == tree.key
+        self.late += not in_time
+        if known is None:
             return
-        known.heard.add(stage)
+        if in_time:
+            known.heard.add(stage)
         try:
-            tree.check(self._vocab_size, self._max_nodes)
+            tree.check(self._vocab_size, self._most_nodes)
         except InvalidTree as error:
             self.refused += 1
             log.warning("a tree for session %s is refused: %s", session_id, error)
-        else:
+            return
+        known.keep(tree)
+        if in_time:
             known.trees[stage] = tree
+        elif tree.key == known.session.key and self._clock() - known.asked_s <= self._patience:
+            self._health[stage].answered()  # in time, only that nobody had to wait for it
 
 
 def _ask(known: _Asked, stage: str, max_nodes: int) -> DraftAsk:

@@ -72,7 +72,7 @@ class Scheduler:
         self._clock = clock
         guarded = None if local is None else GuardedDrafter(local, verifier.rank.config.vocab_size)
         self.governor = Governor(config, curve)
-        self._drafting = Drafting(config, self.governor, guarded, pipeline)
+        self._drafting = Drafting(config, self.governor, guarded, pipeline, clock)
         self._waiting = WaitingQueue()
         self._running: list[Session] = []
         self._prefilled: dict[str, int] = {}
@@ -264,7 +264,7 @@ class Scheduler:
             self.meter.emitted(session, item, now)
             if session.finish_reason is not None:
                 self.meter.finished(session, session.finish_reason, now)
-                self._vacate(session, Phase.FINISHED)
+                self._vacate(session, Phase.FINISHED, last=commit)
             else:
                 commits.append((session, commit))
         return outcomes, commits
@@ -275,8 +275,8 @@ class Scheduler:
         self._vacate(session, Phase.FINISHED, keep=False)
         return Outcome(session, error=error)
 
-    def _vacate(self, session: Session, phase: Phase, keep: bool = True) -> None:
-        """Give back everything the session holds. The one way out of ``_running``.
+    def _vacate(self, session: Session, phase: Phase, keep: bool = True, last: Commit | None = None) -> None:
+        """Give back everything the session holds. The one way out of ``_running``; ``last``: the commit that ended it.
 
         The slot keeps the K/V of committed tokens; of a block that a stop cut, those before the stop.
         """
@@ -287,7 +287,7 @@ class Scheduler:
         if held:
             self._prefixes.keep(session.slot, session.tokens[:held], session.request.cache_salt)
         session.vacate(phase)
-        self._drafting.end(session)
+        self._drafting.end(session, last)
 
     def _account(self, mode: str, shape: Shape, spent: RoundSpent, outcomes: Sequence[Outcome]) -> None:
         times = self.times

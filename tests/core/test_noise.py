@@ -11,6 +11,7 @@ import math
 import numpy as np
 import pytest
 
+from cluster.core import noise_native
 from cluster.core.noise import (
     MAX_BITS,
     all_bits,
@@ -70,6 +71,27 @@ def test_philox_treats_every_counter_of_a_batch_alone() -> None:
     for i in range(3):
         for j in range(5):
             assert (batch[i, j] == philox4x32(counters[i, j], key)).all()
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 12_288])
+def test_compiled_noise_has_the_bits_of_numpys(count: int) -> None:
+    native = noise_native.library()
+    if native is None:
+        pytest.skip("no compiler: there is only numpy's")
+    random = np.random.default_rng(count)
+    for seed, position, choice in ((0, 0, 0), (2**64 - 1, 2**32 - 1, 2**32 - 1), (0x299F31D0A4093822, 70_000, 1)):
+        blocks = random.integers(0, 2**32, count)
+        ours = noise_native.philox_blocks(native, seed, position, choice, blocks)
+        counters = np.zeros((count, 4), np.uint32)
+        counters[:, 0], counters[:, 1], counters[:, 2] = position, choice, blocks
+        assert (ours == philox4x32(counters, np.array([seed & MAX_BITS, seed >> 32], np.uint32))).all()
+
+
+def test_noise_is_the_same_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = all_bits(5, 17, 1003), noise_bits(5, 17, np.array([3, 999_999]))
+    monkeypatch.setattr(noise_native, "library", lambda: None)
+    assert (all_bits(5, 17, 1003) == compiled[0]).all()
+    assert (noise_bits(5, 17, np.array([3, 999_999])) == compiled[1]).all()
 
 
 def test_philox_leaves_its_counter_as_it_was() -> None:

@@ -56,6 +56,34 @@ def test_paths_and_children_of_the_example() -> None:
     assert EXAMPLE.child(4, 5) is None
 
 
+def test_what_hangs_below_a_path_becomes_a_tree_of_its_own() -> None:
+    below = EXAMPLE.after([5])
+    assert parts(below) == ([6, 8], [-1, -1])
+    assert below.scores.tolist() == pytest.approx([0.5 / 0.6, 0.1 / 0.6])
+    assert below.stages.tolist() == [2, 1]
+    assert below.key is None
+    assert parts(EXAMPLE.after([7])) == ([9], [-1])
+    assert parts(EXAMPLE.after([])) == parts(EXAMPLE)
+    for elsewhere in ([5, 6], [9], [5, 9], [7, 9, 1]):
+        assert len(EXAMPLE.after(elsewhere)) == 0
+
+
+def test_below_a_path_stand_exactly_the_paths_that_continue_it() -> None:
+    for seed in range(50):
+        tree = random_tree(24, seed)
+        paths = closed_paths(tree)
+        for prefix in sorted(paths):
+            node = -1
+            for token in prefix:  # of duplicate siblings the first is walked
+                child = tree.child(node, token)
+                assert child is not None or len(tree.after(prefix)) == 0
+                node = -1 if child is None else child
+            below = tree.after(prefix)
+            assert {prefix + path for path in closed_paths(below)} <= paths
+            assert bool((below.parents < np.arange(len(below))).all())
+            assert bool((below.scores <= 1.0).all())
+
+
 def test_of_duplicate_children_the_first_is_found() -> None:
     assert TokenTree.build([4, 4, 4], [-1, -1, 0]).child(-1, 4) == 0
 

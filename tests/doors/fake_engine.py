@@ -46,7 +46,7 @@ class Mode(enum.IntEnum):
     FAIL_STEP = 7  # each engine fails on it
     LATE_BUG = 8  # as BUG, after the first item
     REFUSE = 9
-    ECHO = 10  # refuses, and says which priority and salt it was asked with
+    ECHO = 10  # refuses, and says which priority, salt and owner it was asked with
 
 
 def output_token(request: GenerateRequest, position: int) -> int:
@@ -96,7 +96,8 @@ class FakeEngine:
         if mode == Mode.REFUSE:
             raise InvalidArgument("speculation.max_nodes", "the engine refuses it")
         if mode == Mode.ECHO:
-            raise InvalidArgument("prompt", f"priority {request.priority}, salt {request.cache_salt!r}")
+            said = f"priority {request.priority}, salt {request.cache_salt!r}, owner {request.owner!r}"
+            raise InvalidArgument("prompt", said)
 
     async def _items(self, request: GenerateRequest, pause_s: float) -> AsyncGenerator[StreamItem, None]:
         position, rounds, by_origin = len(request.resume_token_ids), 0, [0, 0, 0]

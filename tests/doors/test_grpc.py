@@ -14,6 +14,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from deployments.codec import owner_of
 from protos import generation_pb2 as pb
 
 pytestmark = pytest.mark.cluster
@@ -108,15 +109,18 @@ def test_load_names_each_replica_and_its_process(doors: Doors) -> None:
     assert replica.governor.expected_tokens_per_s == 120.0
 
 
-def test_priority_and_salt_reach_the_engine(doors: Doors) -> None:
+def test_priority_salt_and_owner_reach_the_engine(doors: Doors) -> None:
     request = pb.GenerateRequest(
         prompt_token_ids=pb.TokenIds(ids=[Mode.ECHO]),
         priority=-3,
         cache_salt="mine",
         sampling_params=pb.SamplingParams(),
     )
-    with pytest.raises(grpc.RpcError, match="priority -3, salt 'mine'"):
-        doors.stub.Generate(request)
+    key = (("authorization", "Bearer secret"),)
+    said = f"priority -3, salt 'mine', owner '{owner_of('Bearer secret', 'mine')}'"
+    for call in (doors.stub.Generate, lambda *args, **kwargs: list(doors.stub.GenerateStream(*args, **kwargs))):
+        with pytest.raises(grpc.RpcError, match=said):
+            call(request, metadata=key)
 
 
 def test_a_cancelled_stream_frees_the_session(doors: Doors) -> None:

@@ -47,6 +47,9 @@ class Context:
     def set_details(self, details: str) -> None:
         self.details = details
 
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
 
 @pytest.fixture
 def service() -> Service:

@@ -12,6 +12,8 @@ from doors.conftest import MAX_MODEL_LEN, MODEL, Doors, eventually
 from doors.fake_engine import VOCAB_SIZE, Mode, text_of
 from prometheus_client.parser import text_string_to_metric_families
 
+from deployments.codec import owner_of
+
 pytestmark = pytest.mark.cluster
 
 
@@ -72,9 +74,12 @@ def test_stream_chunks_join_to_the_whole_answer_and_only_the_first_has_the_seed(
     assert not any("usage" in chunk for chunk in chunks)
 
 
-def test_priority_and_salt_reach_the_engine(doors: Doors) -> None:
-    answer = post(doors, prompt=[int(Mode.ECHO)], priority=7, cache_salt="mine")
-    assert answer.json()["error"]["message"] == "prompt: priority 7, salt 'mine'"
+def test_priority_salt_and_owner_reach_the_engine(doors: Doors) -> None:
+    body = {"prompt": [int(Mode.ECHO)], "priority": 7, "cache_salt": "mine"}
+    answer = doors.http.post("/v1/completions", json=body, headers={"Authorization": "Bearer secret"})
+    owner = owner_of("Bearer secret", "mine")
+    assert answer.json()["error"]["message"] == f"prompt: priority 7, salt 'mine', owner {owner!r}"
+    assert post(doors, prompt=[int(Mode.ECHO)]).json()["error"]["message"].endswith("owner ''")
 
 
 def test_metrics_are_vllms_by_name_where_it_has_them(doors: Doors) -> None:

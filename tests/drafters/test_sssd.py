@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from cluster.core.errors import Overloaded, UnknownSession
+from cluster.core.native_build import NativeUnavailable
 from cluster.core.types import Origin, SamplingParams
-from cluster.engine.native_build import NativeUnavailable
 from drafters import sssd
 from drafters.base import Ask
 from drafters.datastore import Datastore
@@ -199,15 +199,33 @@ def test_one_session_too_many_is_refused_and_an_ended_one_makes_room(new: Callab
 def test_live_sessions_leave_their_output_to_later_ones_but_not_their_prompts() -> None:
     live = LiveStores(100, min_new=1)
     drafter = SssdDrafter(SssdOptions(), live=live)
-    drafter.begin("s", [40, 41, 42, 43, 1, 2], PARAMS, 6)
+    drafter.begin("s", [40, 41, 42, 43, 1, 2], PARAMS, 6, "me")
     drafter.commit("s", [3, 4, 5])
     drafter.end("s")
     live.wait()
-    drafter.begin("t", [9, 3, 4], PARAMS, 3)
+    drafter.begin("t", [9, 3, 4], PARAMS, 3, "me")
     assert drafter.propose([Ask("t", 1, 1)], {})["t"].tokens.tolist() == [5]
-    store = live.of("")
+    store = live.of("me")
     assert store is not None
     assert store.text.tolist() == [43, 1, 2, 3, 4, 5, 100]
+
+
+@pytest.mark.parametrize("writer", ["me", ""])
+@pytest.mark.parametrize("max_tokens", [64, 32_768])
+def test_what_one_owner_wrote_drafts_for_nobody_else_and_what_nobody_wrote_for_nobody(
+    writer: str, max_tokens: int
+) -> None:
+    live = LiveStores(1000, min_new=1)
+    drafter = SssdDrafter(SssdOptions(max_tokens=max_tokens), live=live)
+    drafter.begin("s", [1, 2], PARAMS, 2, writer)
+    drafter.commit("s", list(range(3, 203)))
+    drafter.end("s")
+    live.wait()
+    readers = ["me", "you", ""]
+    for reader in readers:
+        drafter.begin(reader, [999, 150, 151], PARAMS, 3, reader)
+    trees = drafter.propose([Ask(reader, 1, 1) for reader in readers], {})
+    assert {reader: tree.tokens.tolist() for reader, tree in trees.items()} == ({"me": [152]} if writer else {})
 
 
 def test_without_a_compiler_the_drafter_looks_up_in_python(monkeypatch: pytest.MonkeyPatch) -> None:

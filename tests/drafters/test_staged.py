@@ -29,13 +29,17 @@ class ScriptedSmall:
         self.guess = guess
         self.broken = broken
         self.ended: list[str] = []
+        self.owners: list[str] = []
 
     def _call(self, method: str) -> None:
         if method in self.broken:
             raise RuntimeError(f"{method} is broken")
 
-    def begin(self, session_id: str, token_ids: Sequence[int], params: SamplingParams, prompt_len: int) -> None:
+    def begin(
+        self, session_id: str, token_ids: Sequence[int], params: SamplingParams, prompt_len: int, owner: str = ""
+    ) -> None:
         self._call("begin")
+        self.owners.append(owner)
 
     def propose(self, asks: Sequence[Ask], upstream: Mapping[str, TokenTree]) -> dict[str, TokenTree]:
         self._call("propose")
@@ -148,3 +152,9 @@ def test_an_unknown_session_is_mediums_error() -> None:
     with pytest.raises(UnknownSession):
         staged.commit("s", [1])
     staged.end("s")
+
+
+def test_small_learns_whose_session_it_is() -> None:
+    small = ScriptedSmall(lambda ask: TokenTree.empty())
+    StagedDrafter(small, medium()).begin("s", [1, 2, 3], GREEDY, 3, "me")
+    assert small.owners == ["me"]

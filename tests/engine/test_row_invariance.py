@@ -112,4 +112,4 @@ def test_the_self_check_notices_kernels_that_depend_on_the_row_count(make_model,
         return honest(x, packed, residual) * (1.0 + 1e-6 * (len(x) > 1))
 
     rank.decoder.kernels.linear = careless
-    assert not is_row_invariant(rank.decoder)
+    assert not is_row_invariant(rank)

@@ -48,6 +48,13 @@ def test_it_follows_commits_and_stamps_the_key() -> None:
     assert drafter.tokens["v/s"] == TOKENS[:8]
 
 
+def test_the_drafter_learns_whose_session_it_is() -> None:
+    host, drafter = worker()
+    begin = SessionStart((1, 2), 1, SamplingParams(), "me")
+    host.draft("v", [DraftAsk(Commit(TreeKey("s", 0, 2, 1), 2, ()), 0, 0, begin)])
+    assert drafter.owners == {"v/s": "me"}
+
+
 def test_a_repeated_or_overlapping_commit_is_trimmed() -> None:
     host, drafter = worker()
     host.draft("v", [start(5)])

@@ -6,11 +6,10 @@ native ones where a compiler is there; in each of them the identity is bit for b
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from exactness_rig import GREEDY, PENALISED, SAMPLED, Rig, outputs, plain, requests, stages
 from fakes import (
     MALFORMED,
     InProcessTransport,
@@ -22,127 +21,17 @@ from fakes import (
     oracle,
     over_deep,
 )
-from tiny import VOCAB, save_tiny_llama
+from tiny import VOCAB
 
-from cluster.core.config import EngineConfig, ModelConfig, StageConfig
-from cluster.core.types import GenerateRequest, SamplingParams, Speculation
-from cluster.engine.rank import Rank, build_rank
-from cluster.engine.step_cost import CostCurve
-from cluster.engine.verifier import Verifier
-from cluster.rounds.detokenize import TextStream
+from cluster.core.types import GenerateRequest, SamplingParams
 from cluster.rounds.draft_worker import DraftWorker
 from cluster.rounds.pipeline import Pipeline
-from cluster.rounds.scheduler import Scheduler
-from cluster.rounds.session import Limits, Session
 from drafters import TargetFacts, create
-from drafters.base import Drafter
-
-MAX_TOKENS = 24
-FLAT = CostCurve((1, 64), (1.0, 1.0))  # every node pays: the trees are verified whole
-GREEDY = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
-SAMPLED = SamplingParams(temperature=0.8, top_p=0.95, seed=1234, max_tokens=MAX_TOKENS, ignore_eos=True)
-PENALISED = SamplingParams(
-    temperature=1.0, top_k=50, min_p=0.01, seed=5, max_tokens=MAX_TOKENS, frequency_penalty=0.7, repetition_penalty=1.2
-)
-
-
-class NoText:
-    def step(self, token: int) -> str:
-        return ""
-
-
-class Rig:
-    """One tiny target; runs requests through a scheduler with any drafter."""
-
-    def __init__(self, folder: Path, dtype: str) -> None:
-        self.folder, self.dtype = folder, dtype
-        self.rank: Rank = build_rank(folder, dtype, num_slots=8, capacity=160, scratch=80, threads=1)
-        self.limits = Limits(160, frozenset({1}))
-        self.slots: dict[str, int] = {}
-
-    def config(self, **changes: object) -> EngineConfig:
-        return EngineConfig.model_validate(
-            {"max_model_len": 160, "kv_slots": 8, "max_nodes": 12, "governor": "always", "max_waiting": 100, **changes}
-        )
-
-    def drafter(self, stage: StageConfig) -> Drafter:
-        facts = TargetFacts(VOCAB, 160, self.folder)
-        return create(stage, target=facts, rank=self.rank, slot_of=self.slots.__getitem__)
-
-    def run(
-        self,
-        requests: Sequence[GenerateRequest],
-        local: Drafter | None = None,
-        pipeline: Pipeline | None = None,
-        **changes: object,
-    ) -> dict[str, Session]:
-        scheduler = Scheduler(self.config(**changes), Verifier(self.rank), FLAT, local, pipeline, self.slots)
-        sessions = {r.request_id: Session(r, self.limits, TextStream(NoText())) for r in requests}
-        for session in sessions.values():
-            scheduler.submit(session)
-        while not scheduler.idle:
-            for outcome in scheduler.step():
-                assert outcome.error is None
-            self.rank.kv.check()
-        assert self.rank.kv.num_free == self.rank.kv.num_slots
-        assert self.slots == {}
-        return sessions
-
-
-@pytest.fixture(scope="module", params=["float64", "float32", "bfloat16"])
-def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rig:
-    return Rig(save_tiny_llama(tmp_path_factory.mktemp("target")), request.param)
-
-
-@pytest.fixture(scope="module")
-def draft_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("draft"), layers=1, seed=7)
-
-
-def requests(params: SamplingParams, count: int = 8, **speculation: object) -> list[GenerateRequest]:
-    rng = random.Random(11)
-    wish = Speculation(**speculation)  # type: ignore[arg-type]
-    return [
-        GenerateRequest(
-            f"r{i}", tuple(rng.randrange(2, VOCAB) for _ in range(rng.randint(1, 40))), params, speculation=wish
-        )
-        for i in range(count)
-    ]
-
-
-def outputs(sessions: dict[str, Session]) -> dict[str, list[int]]:
-    return {name: session.tokens[session.prompt_len :] for name, session in sessions.items()}
-
-
-def plain(rig: Rig, params: SamplingParams) -> dict[str, list[int]]:
-    """One at a time, no speculation, the whole prompt in one chunk: the definition everything else must meet."""
-    result: dict[str, list[int]] = {}
-    for request in requests(params):
-        result |= outputs(rig.run([request]))
-    return result
 
 
 @pytest.fixture(scope="module")
 def expected(rig: Rig) -> dict[SamplingParams, dict[str, list[int]]]:
     return {params: plain(rig, params) for params in (GREEDY, SAMPLED, PENALISED)}
-
-
-def stages(draft_folder: Path, dtype: str) -> dict[str, StageConfig]:
-    sssd = {"name": "small", "drafter": "sssd"}
-    model = ModelConfig(source=str(draft_folder), name="draft", dtype=dtype)
-    draft_model = {"name": "medium", "drafter": "draft_model", "model": model}
-    swift = {"name": "medium", "drafter": "swift", "options": {"skip": "uniform:2"}}
-    return {
-        "sssd": StageConfig.model_validate(sssd),
-        "draft_model": StageConfig.model_validate(draft_model),
-        "swift": StageConfig.model_validate(swift),
-        "staged": StageConfig.model_validate(
-            {"name": "medium", "drafter": "staged", "options": {"small": sssd, "medium": draft_model}}
-        ),
-        "staged_swift": StageConfig.model_validate(
-            {"name": "medium", "drafter": "staged", "options": {"small": sssd, "medium": swift}}
-        ),
-    }
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED, PENALISED], ids=["greedy", "sampled", "penalised"])

@@ -15,7 +15,7 @@ from cluster.core.types import GenerateRequest, Origin, SamplingParams
 from cluster.rounds.detokenize import TextStream
 from cluster.rounds.draft_worker import DraftWorker
 from cluster.rounds.messages import DraftAsk, DraftReply, StageReport
-from cluster.rounds.pipeline import MISSES_TO_OPEN, Pipeline
+from cluster.rounds.pipeline import MISSES_TO_OPEN, ChainAsk, Pipeline
 from cluster.rounds.session import Limits, Session
 from drafters.base import Ask
 
@@ -312,6 +312,22 @@ def test_stages_are_asked_in_chain_order_and_those_that_are_not_there_are_not() 
     assert stages_of(tree) == [Origin.MEDIUM]
 
 
+def test_close_first_tells_the_rest_of_the_text_to_stages_that_follow_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig()
+    rig.commit(7, 8)
+    told: list[object] = []
+    monkeypatch.setattr(rig.transport, "draft", lambda chains, deliver, fail: told.extend(chains))
+    monkeypatch.setattr(rig.transport, "close", told.append)
+    rig.pipeline.close(rig.session.id)
+    small, medium, closed = told
+    assert closed == rig.session.id
+    for stage, chain in (("small", small), ("medium", medium)):
+        assert isinstance(chain, ChainAsk)
+        assert list(chain.asks) == [stage]
+        assert chain.asks[stage].commit.token_ids == (7, 8)
+        assert chain.asks[stage].max_nodes == 0
+
+
 def test_close_frees_the_session_everywhere() -> None:
     rig = Rig()
     rig.pipeline.close(rig.session.id)
@@ -319,3 +335,66 @@ def test_close_frees_the_session_everywhere() -> None:
     rig.transport.join()
     assert rig.pipeline.num_sessions == 0
     assert all(drafter.tokens == {} for drafter in rig.drafters.values())
+
+
+def long_chain(tokens: list[int], ask: Ask) -> TokenTree:
+    """What ``commit(7)`` will bring for many rounds."""
+    return TokenTree.chain([7] * min(ask.max_nodes, ask.max_depth), stage=Origin.SMALL)
+
+
+def ahead_rig(make: Callable[[list[int], Ask], TokenTree], run_ahead: int) -> Rig:
+    rig = Rig(("small",))
+    rig.drafters["small"].make = make
+    rig.pipeline = Pipeline(
+        rig.transport, ("small",), VOCAB, 16, clock=lambda: rig.now + time.monotonic(), run_ahead=run_ahead
+    )
+    rig.pipeline.open(rig.session, ("small",))
+    rig.ask()
+    rig.transport.join()
+    rig.ask()
+    assert rig.pipeline.collect([rig.session], PATIENCE_S)
+    return rig
+
+
+def test_a_tree_that_foresaw_the_outcome_is_the_next_rounds_tree_without_a_wait() -> None:
+    rig = ahead_rig(long_chain, run_ahead=8)
+    rig.transport.delay_s = (0.2, 0.2)
+    rig.commit(7, 7)
+    rig.ask()
+    tree = rig.pipeline.collect([rig.session], 0.0)[rig.session.id]
+    assert tree.key == rig.session.key
+    assert tree.tokens.tolist() == [7] * (8 + 8 - 2)
+    assert (rig.pipeline.wanted, rig.pipeline.cached, rig.pipeline.missing) == (2, 1, 0)
+    assert rig.pipeline.misses["small"] == 0
+
+
+def test_an_outcome_that_no_tree_foresaw_waits_for_a_fresh_one() -> None:
+    rig = ahead_rig(long_chain, run_ahead=8)
+    rig.transport.delay_s = (0.05, 0.05)
+    rig.commit(3)
+    rig.ask()
+    assert rig.pipeline.collect([rig.session], 0.0) == {}
+    rig.commit(3)
+    rig.ask()
+    assert len(rig.pipeline.collect([rig.session], PATIENCE_S)[rig.session.id]) == 16
+    assert rig.pipeline.cached == 0
+
+
+def test_a_tree_that_comes_while_the_target_verifies_serves_the_round_after() -> None:
+    rig = ahead_rig(long_chain, run_ahead=8)
+    rig.transport.delay_s = (0.05, 0.05)
+    for foreseen in range(1, 10):
+        rig.commit(7)
+        rig.ask()
+        tree = rig.pipeline.collect([rig.session], 0.0)[rig.session.id]  # nobody waits, ever
+        assert tree.tokens.tolist() == [7] * 15
+        assert rig.pipeline.cached == foreseen
+        rig.transport.join()
+
+
+def test_without_run_ahead_no_tree_is_used_for_another_state() -> None:
+    rig = ahead_rig(long_chain, run_ahead=0)
+    rig.transport.delay_s = (0.05, 0.05)
+    rig.commit(7)
+    rig.ask()
+    assert rig.pipeline.collect([rig.session], 0.0) == {}

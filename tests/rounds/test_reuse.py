@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from exactness_rig import FLAT, GREEDY, SAMPLED, NoText, Rig, outputs, plain, requests, stages
 from fakes import ScriptedDrafter, always_wrong
-from test_exactness import FLAT, GREEDY, SAMPLED, NoText, Rig, outputs, plain, requests, stages
-from tiny import VOCAB, save_tiny_llama
+from tiny import VOCAB
 
 from cluster.core.types import GenerateRequest, SamplingParams
 from cluster.engine.verifier import Verifier
@@ -19,16 +19,6 @@ from cluster.rounds.session import Phase, Session
 from drafters.base import Drafter
 
 DRAFTERS = ("sssd", "draft_model", "swift", "staged", "staged_swift")
-
-
-@pytest.fixture(scope="module", params=["float64", "float32", "bfloat16"])
-def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rig:
-    return Rig(save_tiny_llama(tmp_path_factory.mktemp("target")), request.param)
-
-
-@pytest.fixture(scope="module")
-def draft_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("draft"), layers=1, seed=7)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.engine.disk_cache import cache_folder
+from cluster.core.disk_cache import cache_folder
 
 logger = logging.getLogger(__name__)
 

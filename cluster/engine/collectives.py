@@ -1,0 +1,143 @@
+"""How tensor-parallel ranks talk: sums and gathers inside a step, orders from rank 0 before it.
+
+Two process groups a rank: orders always go over gloo on the CPU, where a rank with nothing to do sleeps as long as it
+takes; tensors go over the group of their device, in which no rank waits for another beyond ``limit_s``. A sum gathers
+all addends and adds them up in rank order: every rank gets the same bits, and a row's do not depend on how many rows
+are summed with it, which no library's all-reduce promises. Ranks of one engine are on one machine: they meet in a
+folder only their user can read, and listen on the loopback interface alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed
+import torch.nn.functional as F
+
+from cluster.engine.orders import Words
+from cluster.engine.shard import Shard
+
+HEAD_WORDS = 512  # of an order: the length and its first words travel in one message, the rest in a second
+MEETING_LIMIT_S = 300.0  # ranks have to be started: imports on a busy machine
+MEETING_POLL_S = 0.02
+IDLE = timedelta(days=365)  # an idle rank waits for its next order
+
+T = TypeVar("T")
+dist: Any = torch.distributed  # its stubs know neither the stores nor the groups' options
+
+
+class RankLost(Exception):
+    """Another rank is gone, or took longer than the limit. Nothing can be computed with this group any more."""
+
+
+def _gloo(store: Any, shard: Shard, limit: timedelta) -> Any:
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    options._timeout = limit
+    options._threads = 1
+    return dist.ProcessGroupGloo(store, shard.rank, shard.size, options)
+
+
+def _nccl(store: Any, shard: Shard, limit: timedelta) -> Any:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = limit
+    return dist.ProcessGroupNCCL(store, shard.rank, shard.size, options)
+
+
+_BACKENDS = {"cpu": _gloo, "cuda": _nccl}
+
+
+class RankGroup:
+    """One rank's place among the others. Not thread-safe. Every method raises ``RankLost``."""
+
+    def __init__(
+        self, meeting: Path, shard: Shard, limit_s: float, device: str = "cpu", lost: Callable[[], str] = str
+    ) -> None:
+        """Meet the other ranks in the folder ``meeting``. ``lost`` says whether one of them is known to have ended."""
+        self.shard = shard
+        self._limit = timedelta(seconds=limit_s)
+        store = dist.FileStore(str(meeting / "store"), shard.size)
+        self._meet(store, lost)
+        self._orders = self._sure(lambda: _gloo(dist.PrefixStore("orders", store), shard, IDLE))
+        self._tensors = self._sure(lambda: _BACKENDS[device](dist.PrefixStore("tensors", store), shard, self._limit))
+
+    def sum(self, addend: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, the same bits on each; all ranks call it with the same shape and dtype."""
+        parts = self._gather(addend)
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
+
+    def gather_columns(self, part: torch.Tensor, width: int) -> torch.Tensor:
+        """(n, this rank's share of ``width``) -> (n, width) on rank 0, an empty tensor on the others."""
+        widest = -(-width // self.shard.size)
+        padded = F.pad(part, (0, widest - part.shape[1])).contiguous()
+        outs = [torch.empty_like(padded) for _ in range(self.shard.size)] if self.shard.rank == 0 else []
+        self._sure(lambda: self._tensors.gather(outs, padded, 0).wait())
+        shares = [Shard(rank, self.shard.size).share(width) for rank in range(len(outs))]
+        kept = [out[:, : share.stop - share.start] for out, share in zip(outs, shares)]
+        return torch.cat(kept, 1) if kept else part.new_empty(0)
+
+    def send(self, words: Words) -> None:
+        """Rank 0: one order for all others. No words: stop."""
+        message = np.concatenate(([len(words)], words))
+        head = torch.zeros(HEAD_WORDS, dtype=torch.int64)
+        head[: len(message)] = torch.from_numpy(message[:HEAD_WORDS])
+        self._broadcast(head, self._limit)
+        if len(message) > HEAD_WORDS:
+            self._broadcast(torch.from_numpy(message[HEAD_WORDS:].copy()), self._limit)
+
+    def receive(self) -> Words:
+        """The others: rank 0's next order, however long it takes to come."""
+        head = torch.empty(HEAD_WORDS, dtype=torch.int64)
+        self._broadcast(head, IDLE)
+        missing = int(head[0]) + 1 - HEAD_WORDS
+        words = head.numpy()[1:]
+        if missing > 0:
+            rest = torch.empty(missing, dtype=torch.int64)
+            self._broadcast(rest, self._limit)
+            return np.concatenate((words, rest.numpy()))
+        return words[: int(head[0])]
+
+    def wait_for_all(self) -> None:
+        """Until every rank has come here, however long it takes."""
+        flags = [torch.empty(1) for _ in range(self.shard.size)]
+        self._sure(lambda: self._orders.allgather([flags], [torch.zeros(1)]).wait())
+
+    def _meet(self, store: Any, lost: Callable[[], str]) -> None:
+        """Rank 0 waits for the others to check in and lets them go on; only then does anyone connect."""
+        if self.shard.rank:
+            store.set(f"here/{self.shard.rank}", "")
+            self._sure(lambda: store.wait(["go"], timedelta(seconds=MEETING_LIMIT_S)))
+            return
+        names = [f"here/{rank}" for rank in range(1, self.shard.size)]
+        deadline = time.monotonic() + MEETING_LIMIT_S
+        while not store.check(names):
+            if reason := lost():
+                raise RankLost(reason)
+            if time.monotonic() > deadline:
+                raise RankLost(f"not all ranks were there after {MEETING_LIMIT_S:.0f} s")
+            time.sleep(MEETING_POLL_S)
+        store.set("go", "")
+
+    def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        parts = [torch.empty_like(tensor) for _ in range(self.shard.size)]
+        self._sure(lambda: self._tensors.allgather([parts], [tensor]).wait())
+        return parts
+
+    def _broadcast(self, tensor: torch.Tensor, limit: timedelta) -> None:
+        self._sure(lambda: self._orders.broadcast(tensor, 0).wait(limit))
+
+    @staticmethod
+    def _sure(call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except RuntimeError as error:
+            raise RankLost(str(error)) from error

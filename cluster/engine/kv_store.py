@@ -1,0 +1,64 @@
+"""Where keys and values lie: the memory of a KV cache, without the bookkeeping of who owns what in it.
+
+A rank that follows another needs no more than this: which rows to read and write comes with each step, and which
+positions to move comes as ``Move``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cluster.engine import huge_pages
+from cluster.engine.model_config import DecoderConfig
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Move(NamedTuple):
+    """Copy all layers' keys and values at ``positions`` of slot ``source`` to ``start`` and on of slot ``target``."""
+
+    source: int
+    positions: Sequence[int]
+    target: int
+    start: int
+
+
+class KVStore:
+    """Keys and values of all layers and slots.
+
+    ``keys[layer]``, ``values[layer]``: (slots, capacity + scratch, kv_heads, head_dim). ``capacity`` bounds a slot's
+    committed length; ``scratch`` is the room a full slot still has for a round's rows.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, num_slots: int, capacity: int, scratch: int, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.num_slots, self.capacity, self.scratch = num_slots, capacity, scratch
+        shape = (config.num_layers, 2, num_slots, capacity + scratch, config.num_kv_heads, config.head_dim)
+        # Zeros, not garbage: the torch kernels read keys that they then mask, and 0 * NaN would show.
+        self._data = huge_pages.zeros(shape, dtype)
+        # Moves go through numpy: torch would share them out to threads that spin on beside the kernels'.
+        self._bits = self._data.view(_INTEGERS[dtype.itemsize]).numpy()
+        self.keys = [self._data[layer, 0] for layer in range(config.num_layers)]
+        self.values = [self._data[layer, 1] for layer in range(config.num_layers)]
+
+    @property
+    def slot_size(self) -> int:
+        """Positions of one slot: capacity plus scratch."""
+        return self.capacity + self.scratch
+
+    @property
+    def num_bytes(self) -> int:
+        """What keys and values take once every slot is full; pages never written to take nothing."""
+        return self._data.numel() * self._data.element_size()
+
+    def move(self, move: Move) -> None:
+        """Source and target may be the same slot; positions are read before any is written."""
+        positions = move.positions
+        chosen = slice(positions.start, positions.stop) if isinstance(positions, range) else np.array(positions)
+        moved = self._bits[:, :, move.source][:, :, chosen]
+        self._bits[:, :, move.target, move.start : move.start + len(positions)] = moved

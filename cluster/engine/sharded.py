@@ -1,0 +1,48 @@
+"""The forward pass of one tensor-parallel rank: its shard's part of every sub-layer, and the sums between them.
+
+The residual is the same on all ranks, bit for bit: each adds up the same addends in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from cluster.engine.collectives import RankGroup
+from cluster.engine.kernels import ShardStep
+from cluster.engine.kv_store import KVStore
+from cluster.engine.packed import PackedModel
+from cluster.engine.rows import StepRows
+
+
+class ShardedForward:
+    """A ``Forward``: all ranks call it with the same rows and skips; rank 0 gets the logits."""
+
+    def __init__(
+        self,
+        begin: Callable[[StepRows, KVStore], ShardStep],
+        model: PackedModel,
+        vocab_size: int,
+        group: RankGroup,
+    ) -> None:
+        self._begin, self._group, self._vocab_size = begin, group, vocab_size
+        self._num_sub_layers = 2 * len(model.layers)
+        self._embedding = model.embedding
+
+    def __call__(self, step: StepRows, kv: KVStore, skip: frozenset[int]) -> torch.Tensor:
+        part = self._begin(step, kv)
+        hidden = self._group.sum(self._embed(step.tokens))
+        for index in range(self._num_sub_layers):
+            if index not in skip:
+                hidden = hidden + self._group.sum(part.addend(index, hidden)).to(hidden.dtype)
+        if step.wanted is not None and not len(step.wanted):
+            return torch.empty((0, self._vocab_size))
+        return self._group.gather_columns(part.logits(hidden), self._vocab_size)
+
+    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(n,) -> (n, hidden): the embeddings of this rank's share of the vocabulary, zeros for other tokens."""
+        share = self._group.shard.share(self._vocab_size)
+        elsewhere = (tokens < share.start) | (tokens >= share.stop)
+        rows = self._embedding[(tokens - share.start).masked_fill(elsewhere, 0)]
+        return rows.masked_fill(elsewhere[:, None], 0.0)

@@ -1,0 +1,43 @@
+"""Where ranks are placed, as Serve and Ray are told."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.core.config import ServiceConfig, StageConfig, parse_config
+from cluster.core.errors import ConfigError
+from cluster.placement import rank_resources, target_placement
+from deployments.app import target_options
+
+
+def test_one_rank_needs_no_placement_group() -> None:
+    assert target_placement({"num_cpus": 4}, 1) == {}
+
+
+def test_every_rank_gets_the_replicas_share_and_the_first_its_custom_resources() -> None:
+    options = target_placement({"num_cpus": 2, "num_gpus": 1, "resources": {"target": 1}}, 3)
+    own = {"CPU": 2.0, "GPU": 1.0}
+    assert options["placement_group_bundles"] == [{**own, "target": 1}, own, own]
+    assert options["placement_group_strategy"] == "STRICT_PACK"
+    assert rank_resources(own) == {"num_cpus": 2.0, "num_gpus": 1.0, "resources": {}}
+
+
+def test_a_replica_that_asks_for_nothing_still_has_a_bundle_a_rank() -> None:
+    bundles = target_placement({"num_cpus": 0}, 2)["placement_group_bundles"]
+    assert len(bundles) == 2
+    assert all(sum(bundle.values()) > 0 for bundle in bundles)
+
+
+def test_the_targets_deployment_is_placed_by_its_size_and_the_configuration_goes_first() -> None:
+    config = {"model": {"tensor_parallel_size": 2}, "target": {"ray_actor_options": {"num_cpus": 3}}}
+    options = target_options(parse_config(ServiceConfig, config))
+    assert options["placement_group_bundles"] == [{"CPU": 3.0}, {"CPU": 3.0}]
+    own = {**config, "target": {"placement_group_bundles": [{"CPU": 1}, {"CPU": 4}]}}
+    assert target_options(parse_config(ServiceConfig, own))["placement_group_bundles"] == [{"CPU": 1}, {"CPU": 4}]
+    assert "placement_group_bundles" not in target_options(ServiceConfig())
+
+
+def test_a_model_drafter_of_several_ranks_is_refused() -> None:
+    stage = {"name": "medium", "drafter": "draft_model", "model": {"tensor_parallel_size": 2}}
+    with pytest.raises(ConfigError, match="tensor_parallel_size: 2 is not supported for drafters; allowed: 1"):
+        parse_config(StageConfig, stage)
