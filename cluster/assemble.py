@@ -19,6 +19,7 @@ from cluster.engine.tensor_parallel import Recruit, ShardedRank, build_sharded_r
 from cluster.engine.verifier import Verifier
 from cluster.engine.weights import eos_token_ids, load_tokenizer, read_config, resolve_model
 from cluster.rounds.detokenize import StreamDecoder, TextStream
+from cluster.rounds.pacing import Pace
 from cluster.rounds.pipeline import DraftTransport, Pipeline
 from cluster.rounds.scheduler import Scheduler
 from cluster.rounds.session import Limits
@@ -183,6 +184,6 @@ def build_engine(
         target.text_of,
         pipeline,
         close,
-        config.engine.stream_interval_ms / 1e3,
+        Pace(config.engine.stream_interval_ms / 1e3, config.engine.stream_items_per_s),
         target.rank_pids,
     )

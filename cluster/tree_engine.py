@@ -29,7 +29,7 @@ from cluster.core.errors import (
 from cluster.core.types import GenerateRequest, Health, Load, ModelInfo, StreamItem
 from cluster.engine.kv_cache import KVCache
 from cluster.rounds.detokenize import TextStream
-from cluster.rounds.pacing import Pacer
+from cluster.rounds.pacing import Pace, Pacer
 from cluster.rounds.pipeline import Pipeline
 from cluster.rounds.scheduler import Outcome, Scheduler
 from cluster.rounds.session import Limits, Session
@@ -69,7 +69,7 @@ class TreeEngine:
         text_of: Callable[[GenerateRequest], TextStream],
         pipeline: Pipeline | None = None,
         on_close: Callable[[], None] | None = None,
-        stream_interval_s: float = 0.0,
+        pace: Pace = Pace(),
         rank_pids: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self._scheduler = scheduler
@@ -79,7 +79,7 @@ class TreeEngine:
         self._text_of = text_of
         self._pipeline = pipeline
         self._on_close = on_close
-        self._stream_interval_s = stream_interval_s
+        self._pace = pace
         self._own_pids = {"target": os.getpid(), **rank_pids}
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -260,7 +260,7 @@ class TreeEngine:
             call.send(outcome.error)
 
     def _flush(self, call: _Call, everything: bool = False) -> None:
-        interval = 0.0 if everything else self._stream_interval_s
+        interval = 0.0 if everything else self._pace.interval_s(len(self._sessions))
         item = call.pacer.take(time.monotonic(), interval)
         if item is not None:
             call.send(item)

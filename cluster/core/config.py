@@ -64,6 +64,9 @@ class EngineConfig(_Config):
     stream_interval_ms: float = Field(
         default=0.0, ge=0.0, description="least time between two items of a stream; 0: an item per step"
     )
+    stream_items_per_s: float = Field(
+        default=0.0, ge=0.0, description="of all streams together: with more of them each gets fewer items; 0: no limit"
+    )
     run_ahead_nodes: int = Field(
         default=0,
         ge=0,

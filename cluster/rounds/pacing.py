@@ -6,9 +6,21 @@ with the engine. The first item, the last one and any that comes late enough lea
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from cluster.core.types import StreamItem
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How often a stream gets an item: at most once in ``least_s``, and at most ``items_per_s`` over all streams."""
+
+    least_s: float = 0.0
+    items_per_s: float = 0.0
+
+    def interval_s(self, streams: int) -> float:
+        """Of each of ``streams`` streams; 0: an item per step."""
+        return max(self.least_s, streams / self.items_per_s if self.items_per_s else 0.0)
 
 
 def join(first: StreamItem, then: StreamItem) -> StreamItem:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cluster.core.types import FinishReason, Origin, SpeculationStats, StreamItem
-from cluster.rounds.pacing import Pacer
+from cluster.rounds.pacing import Pace, Pacer
 
 
 def item(position: int, *tokens: int, finish: FinishReason | None = None) -> StreamItem:
@@ -53,3 +53,9 @@ def test_the_end_of_a_stream_takes_along_what_was_held() -> None:
     last = pacer.take(0.0, 0.0)
     assert last is not None
     assert (last.token_ids, last.finish_reason, last.seed) == ((5, 6), FinishReason.STOP, 7)
+
+
+def test_streams_share_the_items_of_a_second() -> None:
+    assert Pace().interval_s(8) == 0.0
+    assert [Pace(0.04, 50.0).interval_s(streams) for streams in (1, 2, 8)] == [0.04, 0.04, 0.16]
+    assert Pace(0.04).interval_s(8) == 0.04
