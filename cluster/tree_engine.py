@@ -69,7 +69,7 @@ class TreeEngine:
         text_of: Callable[[GenerateRequest], TextStream],
         pipeline: Pipeline | None = None,
         on_close: Callable[[], None] | None = None,
-        pace: Pace = Pace(),
+        pace: Pace | None = None,
         rank_pids: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self._scheduler = scheduler
@@ -79,7 +79,7 @@ class TreeEngine:
         self._text_of = text_of
         self._pipeline = pipeline
         self._on_close = on_close
-        self._pace = pace
+        self._pace = pace or Pace()
         self._own_pids = {"target": os.getpid(), **rank_pids}
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
