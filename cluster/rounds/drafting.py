@@ -6,6 +6,7 @@ governor's choices.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -21,8 +22,8 @@ from drafters.base import Ask
 
 SPARE_NODES = 4  # asked for beyond twice what was verified of late
 WORTH_A_LEASE = 0.9  # of the fastest way's speed must remote stages reach for sessions to hold their workers
-EXPEDITION_GAP_S = 60.0  # else this often ...
-EXPEDITION_S = 5.0  # ... sessions get workers for so long, so that stages that became faster are found
+EXPEDITION_GAP_S = 120.0  # else, and where nothing is known of them, this often ...
+EXPEDITION_S = 5.0  # ... sessions get workers for so long: following a session costs a drafter its prefill
 
 
 class Drafting:
@@ -45,7 +46,7 @@ class Drafting:
         self._asked: set[str] = set()  # sessions the local drafter was asked for in this round, by the gate's choice
         self._nodes_of_late: dict[str, float] = {}
         self._clock = clock
-        self._expedition_s = clock()
+        self._expedition_s = -math.inf
 
     # --- sessions come and go
 
@@ -116,11 +117,17 @@ class Drafting:
                 for session_id in free:
                     self._pipeline.lease(session_id, self._pipeline.stages)
             default = self._pipeline.stages if mode == REMOTE else ()
+            # Until the stages follow every session, they only catch up: a round that waits for some sessions' trees
+            # and not for others' would cost time and tell nothing.
+            together = self._governor.always or self._pipeline.follows(free)
             under_way = self._pipeline.ask(
-                [(s, s.request.speculation.stages or default, cap) for s, _ in commits if (cap := self.cap(s)) > 0]
+                [
+                    (s, s.request.speculation.stages or default, cap if together or s.id not in free else 0)
+                    for s, _ in commits
+                    if (cap := self.cap(s)) > 0
+                ]
             )
             if mode == REMOTE and not free <= under_way:
-                # Stages that are not ready yet are not measured, neither as fast nor as slow.
                 mode = MIXED if free & under_way else self._fallback()
         self.mode = mode
 
@@ -139,13 +146,16 @@ class Drafting:
         return self._governor.modes.choose([*self._usual, REMOTE] if reachable else self._usual)
 
     def _worth_leases(self) -> bool:
-        """Whether sessions shall hold workers of the remote stages: they pay, nothing is known yet, or it is time."""
+        """Whether sessions shall hold workers of the remote stages: they pay, or it is time to see if they would."""
         modes, now = self._governor.modes, self._clock()
+        if self._governor.always:
+            return True
+        fastest = max(map(modes.speed, modes.steps), default=0.0)
+        if modes.rounds[REMOTE] >= MIN_ROUNDS and modes.speed(REMOTE) >= WORTH_A_LEASE * fastest:
+            return True
         if now - self._expedition_s > EXPEDITION_GAP_S:
             self._expedition_s = now
-        fastest = max(map(modes.speed, modes.steps), default=0.0)
-        unknown = self._governor.always or modes.rounds[REMOTE] < MIN_ROUNDS
-        return unknown or modes.speed(REMOTE) >= WORTH_A_LEASE * fastest or now - self._expedition_s < EXPEDITION_S
+        return now - self._expedition_s < EXPEDITION_S
 
     def _fallback(self) -> str:
         return self._usual[0] if self._governor.always else self._governor.modes.best(self._usual)

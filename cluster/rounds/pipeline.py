@@ -216,6 +216,12 @@ class Pipeline:
         used = [stage for stage, health in self._health.items() if not health.open]
         return any(self._transport.ready(session_id, stage) for session_id in session_ids for stage in used)
 
+    def follows(self, session_ids: Iterable[str]) -> bool:
+        """Whether each of these sessions is held by a worker of a stage that is in use."""
+        with self._arrived:
+            known = [self._sessions.get(session_id) for session_id in session_ids]
+            return all(one is not None and any(not self._health[s].open for s in one.held) for one in known)
+
     def ask(self, wishes: Sequence[tuple[Session, Sequence[str], int]]) -> set[str]:
         """Ask for trees on the sessions' present state: (session, stages, max nodes). Returns at once.
 

@@ -234,9 +234,9 @@ def test_leases_are_opened_only_where_remote_stages_may_pay(rank: Rank) -> None:
     transport.delay_s = (0.01, 0.01)
     local = ScriptedDrafter(always_wrong(VOCAB))
     rig = Rig(rank, local, Pipeline(transport, ("small",), VOCAB, 16), governor="auto", draft_deadline_min_ms=100)
-    rig.scheduler._drafting._expedition_s -= EXPEDITION_S  # the one that begins with the engine is over
     rig.submit([3], tokens=250)
     rig.run()
+    rig.scheduler._drafting._expedition_s -= EXPEDITION_S  # the one that began with the first session is over
     assert rig.scheduler.governor.modes.rounds[REMOTE] >= MIN_ROUNDS
     calls = transport.calls
     late = rig.submit([5], tokens=50)
