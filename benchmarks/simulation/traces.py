@@ -74,7 +74,7 @@ class Trace:
 
     def save(self, path: Path) -> None:
         offers = [offer for session in self.sessions for offer in session.offers]
-        columns = {
+        columns: dict[str, Any] = {
             "prompt_tokens": np.array([session.prompt_tokens for session in self.sessions], np.int32),
             "output_tokens": np.array([session.output_tokens for session in self.sessions], np.int32),
             "sizes": np.array([len(offer.parents) for offer in offers], np.int16),

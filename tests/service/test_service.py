@@ -76,9 +76,10 @@ def test_killing_the_medium_worker_in_mid_stream_changes_nothing_but_speed(servi
             killed_at.append(time.monotonic())
 
     disturbed = service.stream(PROMPT, LONG, STAGES, on_token=kill)
+    meanwhile = service.stream(PROMPT, LONG, enabled=False)  # the worker's start shares the cores with the target
     assert killed_at
     assert (disturbed.token_ids, disturbed.text) == (expected.token_ids, expected.text)
-    step = max(expected.gaps)  # a step with this machine's noise in it
+    step = max(expected.gaps + meanwhile.gaps)  # a step with this machine's noise in it
     assert max(disturbed.gaps) <= DEADLINE_S + 2 * step
     revived = lambda: pb.ORIGIN_MEDIUM in service.stream(PROMPT, LONG, STAGES).origins  # noqa: E731
     assert eventually(revived, 30)
