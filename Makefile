@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CONFIG ?= deployments/configs/cpu.yaml
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: help run stop status test test-slow bench check format protos clean
+.PHONY: help run stop status test test-slow test-hosts bench check format protos clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -34,7 +34,10 @@ test: $(VENV)/.installed  ## the fast tests (under ten minutes on two cores)
 	$(BIN)/pytest -m "not slow"
 
 test-slow: $(VENV)/.installed  ## the tests that take longer
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not hosts"
+
+test-hosts: $(VENV)/.installed  ## `ray up` and node autoscaling on hosts made of namespaces (root, sshd, rsync, iproute2)
+	$(BIN)/pytest -s -m hosts
 
 bench: $(VENV)/.installed  ## measure beside vLLM, transformers and llama.cpp: make bench PROMPTS=FILE.jsonl [BENCH="--limit 26"]
 	@test -n "$(PROMPTS)" || { echo "PROMPTS=FILE.jsonl is missing: see docs/benchmarks.md"; exit 1; }

@@ -15,7 +15,7 @@ import yaml
 from host_rig import ROOT, Host, hosts, missing, waits_for
 from two_cores import actors, ask, cluster_config, daemons, guessed_by_both
 
-pytestmark = [pytest.mark.slow, pytest.mark.weights, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.hosts, pytest.mark.weights, pytest.mark.timeout(1500)]
 
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 HEAD_NODE_ID = f"{'f' * 51}00000"  # the provider's name for the node it stands on

@@ -20,7 +20,7 @@ import yaml
 from host_rig import ROOT, Host, hosts, missing, say, serve_ssh, waits_for
 from two_cores import actors, ask, cluster_config, daemons, guessed_by_both
 
-pytestmark = [pytest.mark.slow, pytest.mark.weights, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.hosts, pytest.mark.weights, pytest.mark.timeout(1500)]
 
 JOIN_LIMIT_S, SERVE_LIMIT_S, WAKE_LIMIT_S, GCS_LIMIT_S, STOP_LIMIT_S = 300.0, 300.0, 300.0, 60.0, 60.0
 BOTH_STAGES = ("--stages", "small,medium")

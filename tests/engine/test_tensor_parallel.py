@@ -15,6 +15,7 @@ from engine_steps import TREE_PARENTS, chain, path_to, prefill, random_tokens, r
 from thread_crew import ThreadCrew
 
 from cluster.core.errors import EngineFailed
+from cluster.engine import crew
 from cluster.engine.crew import LocalCrew
 from cluster.engine.rank import Rank
 from cluster.engine.tensor_parallel import RankPlan, Recruit, ShardedRank, build_sharded_rank
@@ -121,7 +122,10 @@ def test_a_killed_rank_is_noticed_between_steps_and_fails_the_next_one(make_mode
         rank.forward([chain(slot, TREE)])
 
 
-def test_a_hung_rank_fails_the_step_within_its_limit(make_model, build: Build) -> None:  # type: ignore[no-untyped-def]
+def test_a_hung_rank_fails_the_step_within_its_limit(  # type: ignore[no-untyped-def]
+    make_model, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crew, "CLOSE_LIMIT_S", 1.0)
     limit_s = 4.0
     rank = build(make_model("llama")[1], "float64", 2, recruit=LocalCrew, limit_s=limit_s)
     slot = prefill(rank, PROMPT)
@@ -130,6 +134,7 @@ def test_a_hung_rank_fails_the_step_within_its_limit(make_model, build: Build) -
     with pytest.raises(EngineFailed, match="does not answer"):
         rank.forward([chain(slot, TREE)])
     assert time.monotonic() - start >= limit_s
+    rank.close()
 
 
 def test_ranks_end_by_themselves_when_told_to(make_model, build: Build) -> None:  # type: ignore[no-untyped-def]

@@ -21,7 +21,7 @@ from cluster.core.types import GenerateRequest, SamplingParams
 from protos import generation_pb2 as pb
 from protos import generation_pb2_grpc
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 APP = "ranks"
 PROMPT = (5, 6, 7, 8, 5, 6)
