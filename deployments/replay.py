@@ -22,7 +22,16 @@ PROBE_PAUSE_S = 0.2
 
 
 class Backend(Protocol):
-    """Targets, as replay sees them. Both methods raise errors of ``cluster.core.errors`` only."""
+    """Targets, as replay sees them. Methods raise errors of ``cluster.core.errors`` only."""
+
+    @property
+    def serving(self) -> bool:
+        """Whether a target answered of late."""
+        ...
+
+    def watch(self) -> AsyncGenerator[bool, None]:
+        """``serving`` now, then at every change."""
+        ...
 
     def open(self, request: GenerateRequest) -> AsyncGenerator[StreamItem, None]:
         """One attempt on one target. Closing the generator aborts the session there."""
@@ -82,10 +91,13 @@ async def generate(
     """Items of one request until its finish, over as many targets as that takes.
 
     Raises ``DeadlineExceeded`` after ``request.timeout_s``, ``EngineUnavailable`` where targets died more than
-    ``max_replays`` times or none answered in time, ``EngineFailed`` where the request itself crashes engines.
+    ``max_replays`` times or none answered in time, ``EngineFailed`` where the request itself crashes engines. A request
+    that comes while targets restart waits for one, too.
     """
     clock = asyncio.get_running_loop().time
     deadline = clock() + request.timeout_s if request.timeout_s is not None else None
+    if not backend.serving:
+        await _until_serving(backend, limits.timeout_s, deadline, request)
     progress = _Progress(request)
     attempt = crashes = 0
     while True:
@@ -113,7 +125,23 @@ async def _next(
     except StopAsyncIteration:
         return None
     except TimeoutError:
-        raise DeadlineExceeded(f"request {request.request_id!r} took longer than {request.timeout_s:g} s") from None
+        raise _too_late(request) from None
+
+
+async def _until_serving(backend: Backend, timeout_s: float, deadline: float | None, request: GenerateRequest) -> None:
+    """Wait for the refresh that finds a target: many may wait, so none of them asks by itself."""
+    clock = asyncio.get_running_loop().time
+    give_up = clock() + timeout_s
+    try:
+        async with asyncio.timeout_at(give_up if deadline is None else min(give_up, deadline)):
+            async with aclosing(backend.watch()) as states:
+                async for serving in states:
+                    if serving:
+                        return
+    except TimeoutError:
+        if deadline is not None and deadline <= give_up:
+            raise _too_late(request) from None
+        raise EngineUnavailable(f"no target answered within {timeout_s:g} s: loading or restarting") from None
 
 
 async def _await_target(backend: Backend, timeout_s: float, deadline: float | None, request: GenerateRequest) -> None:
@@ -122,7 +150,7 @@ async def _await_target(backend: Backend, timeout_s: float, deadline: float | No
     give_up = clock() + timeout_s
     while True:
         if deadline is not None and clock() >= deadline:
-            raise DeadlineExceeded(f"request {request.request_id!r} took longer than {request.timeout_s:g} s")
+            raise _too_late(request)
         patience = give_up - clock()
         if patience <= 0:
             raise EngineUnavailable(f"no target answered within {timeout_s:g} s of the last one's death")
@@ -132,3 +160,7 @@ async def _await_target(backend: Backend, timeout_s: float, deadline: float | No
         except PacelineError:
             continue
         return
+
+
+def _too_late(request: GenerateRequest) -> DeadlineExceeded:
+    return DeadlineExceeded(f"request {request.request_id!r} took longer than {request.timeout_s:g} s")

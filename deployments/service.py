@@ -58,11 +58,12 @@ class Service:
 
     @property
     def info(self) -> ModelInfo:
-        """Raises ``EngineUnavailable`` while no target serves."""
+        """Raises ``EngineUnavailable`` until a target has answered."""
         return self.targets.info
 
     async def submit(self, asked: ClientRequest) -> GenerateRequest:
-        """Resolve and check. Raises ``InvalidArgument`` or ``NotFound``, ``EngineUnavailable`` with no target up."""
+        """Resolve and check. Raises ``InvalidArgument`` or ``NotFound``, ``EngineUnavailable`` before a target
+        has answered."""
         return await self._codec.encode(asked, self.info)
 
     def stream(self, request: GenerateRequest) -> AsyncGenerator[StreamItem, None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
 
 import grpc
@@ -66,14 +66,14 @@ class Targets:
 
     @property
     def info(self) -> ModelInfo:
-        """What targets serve. Raises ``EngineUnavailable`` while none serves."""
-        if self._info is None or not self._serving:
-            raise EngineUnavailable("no target is serving: loading or restarting")
+        """What targets serve, or served when one last answered. Raises ``EngineUnavailable`` before that."""
+        if self._info is None:
+            raise EngineUnavailable("no target is serving yet: loading")
         return self._info
 
     @property
     def last_info(self) -> ModelInfo | None:
-        """What targets served when one last answered; None before that."""
+        """The same, None before a target has answered."""
         return self._info
 
     def start(self) -> None:
@@ -86,7 +86,7 @@ class Targets:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def watch(self) -> AsyncIterator[bool]:
+    async def watch(self) -> AsyncGenerator[bool, None]:
         """``serving`` now, then at every change."""
         while True:
             changed = self._changed

@@ -26,6 +26,8 @@ class Decoder:
     weights: named as in the stock model (``model.layers.0.self_attn.q_proj.weight``), in the kernels' dtype.
     num_positions: position ids that can occur, that is, the KV cache's capacity plus scratch.
     group: given where this is one rank of several; ``config`` and ``weights`` are its shard's then.
+    head_tokens: (n,) ids, of a head that knows a part of the vocabulary only: its rows, in order. The others never get
+    a chance. Not with ``group``.
     """
 
     def __init__(
@@ -35,8 +37,10 @@ class Decoder:
         kernels: Kernels,
         num_positions: int,
         group: RankGroup | None = None,
+        head_tokens: torch.Tensor | None = None,
     ) -> None:
         self.config = config
+        self._head_tokens = head_tokens
         self.kernels = kernels
         embedding = weights["model.embed_tokens.weight"]
         head = embedding if config.tie_word_embeddings else weights["lm_head.weight"]
@@ -63,7 +67,12 @@ class Decoder:
         residual passes, and a skipped attention writes no keys. Of several ranks, all call it alike, and only rank 0
         gets logits.
         """
-        return self._forward(step, kv, skip)
+        logits = self._forward(step, kv, skip)
+        if self._head_tokens is None:
+            return logits
+        whole = logits.new_full((len(logits), self.config.vocab_size), -torch.inf)
+        whole[:, self._head_tokens] = logits
+        return whole
 
 
 def _pack_layer(

@@ -35,7 +35,7 @@ class NoTargets:
 
     @property
     def info(self) -> Any:
-        raise EngineUnavailable("no target is serving: loading or restarting")
+        raise EngineUnavailable("no target is serving yet: loading")
 
 
 class Context:

@@ -21,10 +21,15 @@ REQUEST = GenerateRequest("r", (100,), SamplingParams(max_tokens=8, seed=3), tim
 
 @dataclass
 class ScriptedBackend:
-    """Attempt i yields one-token items until ``deaths[i]`` of them came, then raises its error."""
+    """Attempt i yields one-token items until ``deaths[i]`` of them came, then raises its error.
+
+    ``serving`` turns true ``back_after_s`` seconds after somebody watches.
+    """
 
     deaths: list[tuple[int, PacelineError]]
     answers: bool = True
+    serving: bool = True
+    back_after_s: float = 0.0
     seen: list[GenerateRequest] = field(default_factory=list)
     closed: int = 0
 
@@ -51,6 +56,12 @@ class ScriptedBackend:
         finally:
             self.closed += 1
 
+    async def watch(self) -> AsyncGenerator[bool, None]:
+        yield self.serving
+        await asyncio.sleep(self.back_after_s)
+        self.serving = True
+        yield True
+
     async def probe(self, timeout_s: float) -> None:
         if not self.answers:
             raise EngineUnavailable("nobody")
@@ -73,6 +84,28 @@ def test_the_client_sees_one_unbroken_stream_over_three_targets() -> None:
     assert items[-1].stats == SpeculationStats(8, 16, 0, (8, 0, 0))
     assert [request.epoch for request in backend.seen] == [0, 1, 2]
     assert [len(request.resume_token_ids) for request in backend.seen] == [0, 3, 5]
+
+
+def test_a_request_that_comes_while_targets_restart_waits_for_one() -> None:
+    backend = ScriptedBackend([], serving=False, back_after_s=0.05)
+    assert len(asyncio.run(collect(backend))) == 8
+    assert [request.epoch for request in backend.seen] == [0]
+
+
+@pytest.mark.parametrize(("timeout_s", "error"), [(0.05, DeadlineExceeded), (None, EngineUnavailable)])
+def test_a_restart_is_waited_for_no_longer_than_the_limits_allow(
+    timeout_s: float | None, error: type[PacelineError]
+) -> None:
+    backend = ScriptedBackend([], serving=False, back_after_s=60.0)
+    request = GenerateRequest("r", (100,), SamplingParams(max_tokens=8), timeout_s=timeout_s)
+
+    async def run() -> None:
+        async for _ in generate(backend, request, ReplayLimits(max_replays=2, timeout_s=0.2)):
+            pass
+
+    with pytest.raises(error):
+        asyncio.run(run())
+    assert not backend.seen
 
 
 def test_the_clients_own_resumed_tokens_come_first() -> None:
