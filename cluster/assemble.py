@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.core.config import EngineConfig, ModelConfig, ServiceConfig, StageConfig
+from cluster.core.errors import ConfigError
 from cluster.core.types import STAGE_NAMES, GenerateRequest, ModelInfo, tokenizer_hash
 from cluster.engine.crew import LocalCrew
 from cluster.engine.rank import Rank, build_rank
@@ -25,6 +26,9 @@ from cluster.rounds.scheduler import Scheduler
 from cluster.rounds.session import Limits
 from cluster.tree_engine import TreeEngine
 from drafters import TargetFacts, create
+
+if TYPE_CHECKING:
+    from cluster.rounds.tracing import RoundTracer
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +129,11 @@ def _build(folder: Path, model: ModelConfig, engine: EngineConfig, capacity: int
 
 
 def build_scheduler(
-    target: Target, engine: EngineConfig, local_stage: StageConfig | None, pipeline: Pipeline | None = None
+    target: Target,
+    engine: EngineConfig,
+    local_stage: StageConfig | None,
+    pipeline: Pipeline | None = None,
+    tracer: RoundTracer | None = None,
 ) -> Scheduler:
     """The round's loop over a loaded target, with the drafter that guesses in the engine's own thread, if any."""
     slots: dict[str, int] = {}
@@ -136,9 +144,20 @@ def build_scheduler(
         facts = TargetFacts(target.info.vocab_size, target.info.max_model_len, target.folder, target.model.dtype)
         local = create(local_stage, target=facts, rank=target.rank, slot_of=slots.__getitem__)
     verifier = Verifier(target.rank, engine.emulated_step_ms / 1e3)
-    scheduler = Scheduler(engine, verifier, target.curve, local, pipeline, slots)
+    scheduler = Scheduler(engine, verifier, target.curve, local, pipeline, slots, tracer=tracer)
     scheduler.governor.on_drift = partial(forget_curve, target.curve_file)
     return scheduler
+
+
+def round_tracer(engine: EngineConfig) -> RoundTracer | None:
+    """Raises ``ConfigError`` where the configuration asks for tracing and what it needs is not installed."""
+    if not engine.tracing:
+        return None
+    try:
+        from cluster.rounds.tracing import start_tracing
+    except ImportError as error:
+        raise ConfigError(f"engine.tracing: {error}: pip install 'paceline[tracing]'") from error
+    return start_tracing()
 
 
 def forget_curve(path: Path) -> None:
@@ -155,6 +174,7 @@ def build_engine(
 ) -> TreeEngine:
     """A running engine. ``connect`` makes the transport to the remote stages once the target's facts are known;
     ``recruit`` starts the other tensor-parallel ranks, if any."""
+    tracer = round_tracer(config.engine)
     local = config.local_drafter
     stages = [name for name in STAGE_NAMES if name in config.remote_stages or (local and local.name == name)]
     target = load_target(config.model, config.engine, stages, report, recruit)
@@ -168,12 +188,14 @@ def build_engine(
             config.engine.max_nodes,
             run_ahead=config.engine.run_ahead_nodes,
         )
-    scheduler = build_scheduler(target, config.engine, local, pipeline)
+    scheduler = build_scheduler(target, config.engine, local, pipeline, tracer)
 
     def close() -> None:
         stop = getattr(transport, "stop", None)
         if stop is not None:
             stop()
+        if tracer is not None:
+            tracer.close()
         target.close()
 
     return TreeEngine(

@@ -140,7 +140,7 @@ class TreeEngine:
             kv_slots_total=self._kv.num_slots,
             drafter_sessions=pipeline.leases() if pipeline else {},
             worker_pids=self._own_pids | (pipeline.worker_pids if pipeline else {}),
-            deadline_misses=dict(pipeline.misses) if pipeline else {},
+            deadline_misses=pipeline.misses if pipeline else {},
             drafts_wanted=pipeline.wanted if pipeline else 0,
             drafts_cached=pipeline.cached if pipeline else 0,
             drafts_missing=pipeline.missing if pipeline else 0,
@@ -148,6 +148,7 @@ class TreeEngine:
             kv_usage=self._kv.usage,
             stats=self._scheduler.meter.snapshot(),
             governor=self._scheduler.report(),
+            stages=pipeline.stats() if pipeline else {},
         )
 
     def health(self) -> Health:
@@ -204,6 +205,7 @@ class TreeEngine:
                     self._publish(outcome)
                 for call in self._sessions.values():  # a session that had no part in the step may have items held back
                     self._flush(call)
+                self._scheduler.study()
             reason: PacelineError = EngineUnavailable("the engine is stopping")
         except Exception as error:
             log.exception("a step failed; the engine stops")
@@ -212,10 +214,11 @@ class TreeEngine:
         self._end(reason)
 
     def _handle_inbox(self) -> bool:
-        """Run what the doors asked for; sleep while there is nothing to do. False: stop."""
+        """Run what the doors asked for; sleep, or let drafters learn, while there is nothing to do. False: stop."""
         while True:
             try:
-                work = self._inbox.get(timeout=1.0) if self._scheduler.idle else self._inbox.get_nowait()
+                sleeps = self._scheduler.idle and self._inbox.empty() and not self._scheduler.study()
+                work = self._inbox.get(timeout=1.0) if sleeps else self._inbox.get_nowait()
             except queue.Empty:
                 if not self._scheduler.idle:
                     return True

@@ -9,10 +9,11 @@ model's own tokenizer. Where that is not at hand (another vocabulary, ``--tokeni
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,10 @@ from protos import generation_pb2_grpc
 
 COLOURS: dict[int, str] = {pb.ORIGIN_SMALL: "32", pb.ORIGIN_MEDIUM: "33", pb.ORIGIN_TARGET: "36"}
 NAMES: dict[int, str] = {pb.ORIGIN_SMALL: "small", pb.ORIGIN_MEDIUM: "medium", pb.ORIGIN_TARGET: "target"}
+
+RECONNECT = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000))
+REPLAY_PAUSE_S, MOST_PAUSE_S = 0.1, 1.0  # before a call is repeated: twice as long each time it breaks at once
+DEAD_ACTOR = ("ActorDiedError", "ActorUnavailableError", "The actor died", "actor is dead")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -93,6 +98,60 @@ class Painter:
         print("".join(painted), end="", flush=True)
 
 
+def open_channel(address: str) -> grpc.Channel:
+    """A channel that finds a door again within a second of its return; gRPC by itself may take two minutes."""
+    return grpc.insecure_channel(address, options=RECONNECT)
+
+
+def replaying_stream(
+    stub: generation_pb2_grpc.GenerationStub,
+    request: pb.GenerateRequest,
+    patience_s: float = 60.0,
+    on_replay: Callable[[grpc.RpcError], None] = lambda error: None,
+) -> Generator[pb.StreamItem, None, None]:
+    """Items of one answer, even where the door that streams it dies: the call is repeated with the tokens received.
+
+    Output is a function of prompt, parameters and seed, so the items together are those of an undisturbed call; only
+    the last item's usage and statistics are of the last call alone. ``on_replay`` is told of each call that broke.
+    Raises ``grpc.RpcError`` where no door has brought an item for ``patience_s``, and for whatever is not a door's
+    death. Closing the iterator cancels the call.
+    """
+    ask = pb.GenerateRequest()
+    ask.CopyFrom(request)
+    heard, pause_s = time.monotonic(), REPLAY_PAUSE_S
+    for number in itertools.count(1):
+        call = stub.GenerateStream(ask)
+        try:
+            for item in call:
+                heard, pause_s = time.monotonic(), REPLAY_PAUSE_S
+                ask.resume_token_ids.extend(item.token_ids)
+                if item.HasField("seed"):
+                    ask.sampling_params.seed = item.seed
+                yield item
+            return
+        except grpc.RpcError as error:
+            if not door_died(error) or time.monotonic() - heard > patience_s:
+                raise
+            on_replay(error)
+        finally:
+            call.cancel()
+        if request.request_id:  # the broken call's may still run
+            ask.request_id = f"{request.request_id}.{number}"
+        time.sleep(pause_s)
+        pause_s = min(2.0 * pause_s, MOST_PAUSE_S)
+
+
+def door_died(error: grpc.RpcError) -> bool:
+    """Whether the same call may succeed at another door, or at the same one later.
+
+    Of a killed ingress replica Serve says INTERNAL, and names the dead actor.
+    """
+    code, details = error.code(), error.details() or ""
+    return code == grpc.StatusCode.UNAVAILABLE or (
+        code == grpc.StatusCode.INTERNAL and any(name in details for name in DEAD_ACTOR)
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """What one request came to; ``first_s`` and ``total_s`` are seconds from sending it."""
@@ -126,7 +185,7 @@ def ask(
     stub: generation_pb2_grpc.GenerationStub, request: pb.GenerateRequest, stream: bool, painter: Painter | None
 ) -> Run:
     """Send ``request`` and show its tokens. Raises ``grpc.RpcError``."""
-    answers: Iterable[Any] = stub.GenerateStream(request) if stream else _once(stub, request)
+    answers: Iterable[Any] = replaying_stream(stub, request) if stream else _once(stub, request)
     start, first_s, token_ids, stats = time.monotonic(), 0.0, [], pb.SpeculationStats()
     for answer in answers:
         first_s = first_s or time.monotonic() - start
@@ -182,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         print(f"error: --stages: {unknown[0]!r} is not one of {', '.join(STAGE_NAMES)}", file=sys.stderr)
         return 2
-    with grpc.insecure_channel(args.address) as channel:
+    with open_channel(args.address) as channel:
         stub = generation_pb2_grpc.GenerationStub(channel)
         try:
             info = stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=10.0)

@@ -72,8 +72,8 @@ class ClientRequest:
     """A request as the client wrote it; exactly one of ``text``, ``messages``, ``token_ids`` is set.
 
     ``messages`` are (role, content) pairs. ``params`` holds those fields of ``SamplingParams`` that the client set.
-    ``names`` maps our field names to the client's where they differ, for error messages. ``authorization`` is the
-    protocol's header of that name.
+    ``names`` maps our field names to the client's where they differ, for error messages. ``authorization`` and
+    ``trace_parent`` are the protocol's headers ``authorization`` and ``traceparent``.
     """
 
     text: str | None = None
@@ -89,6 +89,7 @@ class ClientRequest:
     cache_salt: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
     authorization: str = field(default="", repr=False)
+    trace_parent: str = ""
 
     def __post_init__(self) -> None:
         if sum(given is not None for given in (self.text, self.messages, self.token_ids)) != 1:
@@ -146,6 +147,7 @@ class Codec:
             priority=asked.priority,
             cache_salt=asked.cache_salt,
             owner=owner_of(asked.authorization, asked.cache_salt),
+            trace_parent=asked.trace_parent,
         )
 
     async def _tokenize(self, asked: ClientRequest) -> tuple[int, ...]:

@@ -146,6 +146,7 @@ def client_request(request: pb.GenerateRequest, metadata: Sequence[tuple[str, st
     size = request.ByteSize()
     if size > MAX_REQUEST_BYTES:
         raise InvalidArgument("request", f"{size} bytes, at most {MAX_REQUEST_BYTES}")
+    headers = dict(metadata)
     kind = request.WhichOneof("input")
     if kind is None:
         raise InvalidArgument("input", "one of prompt, messages, prompt_token_ids is needed")
@@ -166,7 +167,8 @@ def client_request(request: pb.GenerateRequest, metadata: Sequence[tuple[str, st
         model=request.model,
         priority=request.priority,
         cache_salt=request.cache_salt,
-        authorization=dict(metadata).get("authorization", ""),
+        authorization=headers.get("authorization", ""),
+        trace_parent=headers.get("traceparent", ""),
     )
 
 
@@ -272,11 +274,12 @@ def load_message(replica: str, load: Load) -> pb.ReplicaLoad:
         kv_usage=load.kv_usage,
         stats=engine_stats_message(load.stats),
         governor=pb.GovernorReport(**asdict(load.governor)),
+        stages={name: pb.StageStats(**asdict(stats)) for name, stats in load.stages.items()},
     )
 
 
 def engine_stats_message(stats: EngineStats) -> pb.EngineStats:
-    """The counters; histograms are in ``/metrics`` only."""
+    """The counters; histograms of requests' times are in ``/metrics`` only."""
     counters = (descriptor.name for descriptor in pb.EngineStats.DESCRIPTOR.fields)
     return pb.EngineStats(**{name: getattr(stats, name) for name in counters})
 

@@ -89,7 +89,8 @@ async def answer(service: Service, request: Request, kind: type[CompletionBody] 
     request_id = ""
     try:
         body = parse_body(kind, await read_body(request))
-        asked = replace(body.client_request(), authorization=request.headers.get("authorization", ""))
+        authorization, trace_parent = (request.headers.get(name, "") for name in ("authorization", "traceparent"))
+        asked = replace(body.client_request(), authorization=authorization, trace_parent=trace_parent)
         accepted = await service.submit(asked)
         request_id = accepted.request_id
         envelope = Envelope(kind, accepted, service.model)

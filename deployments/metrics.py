@@ -1,11 +1,12 @@
 """``GET /metrics``: every target's load as Prometheus text. Names are vLLM's where vLLM has them, else ``paceline:``.
 
 Targets count in plain numbers (``cluster.rounds.meter``), which become metrics when somebody asks for them.
+docs/metrics.md says what each is good for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import generate_latest
@@ -13,9 +14,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from cluster.core.types import Histogram, Load
+from cluster.core.types import Histogram, Load, StageStats
 
 LABELS = ("model_name", "engine")
+
+
+def _by_stage(read: Callable[[StageStats], float]) -> Callable[[Load], Mapping[Any, float]]:
+    return lambda load: {name: read(stats) for name, stats in load.stages.items()}
+
 
 GAUGES: Sequence[tuple[str, str, Callable[[Load], float]]] = (
     ("vllm:num_requests_running", "Requests that hold a KV slot.", lambda load: load.running),
@@ -73,14 +79,88 @@ HISTOGRAMS: Sequence[tuple[str, str, Callable[[Load], Histogram]]] = (
         "From a request's arrival at the engine to its KV slot.",
         lambda load: load.stats.queue_time,
     ),
+    (
+        "paceline:nodes_per_step",
+        "Nodes verified in a step in which sessions decoded, all trees together.",
+        lambda load: load.governor.nodes,
+    ),
 )
-BY_KEY: Sequence[tuple[type[Metric], str, str, str, Callable[[Load], dict[Any, Any]]]] = (
+BY_KEY: Sequence[tuple[type[Metric], str, str, str, Callable[[Load], Mapping[Any, float]]]] = (
+    (
+        CounterMetricFamily,
+        "vllm:spec_decode_num_accepted_tokens_per_pos",
+        "position",
+        "Token trees whose node at that depth was accepted; 0 is the first.",
+        lambda x: dict(enumerate(x.stats.accepted_per_pos)),
+    ),
     (CounterMetricFamily, "vllm:request_success", "finished_reason", "Requests ended.", lambda x: x.stats.finished),
     (CounterMetricFamily, "paceline:drafted_tokens", "stage", "Nodes verified.", lambda x: x.stats.drafted),
     (CounterMetricFamily, "paceline:accepted_tokens", "stage", "Nodes accepted.", lambda x: x.stats.accepted),
-    (CounterMetricFamily, "paceline:deadline_misses", "stage", "Trees too late.", lambda x: x.deadline_misses),
-    (CounterMetricFamily, "paceline:steps", "rows", "Steps by decoding rows.", lambda x: x.governor.rows),
+    (
+        CounterMetricFamily,
+        "paceline:deadline_misses",
+        "stage",
+        "Rounds that went on without the stage's tree, and calls that failed.",
+        lambda x: x.deadline_misses,
+    ),
+    (
+        CounterMetricFamily,
+        "paceline:late_trees",
+        "stage",
+        "Trees that came when their round had begun without them.",
+        _by_stage(lambda stage: stage.late_trees),
+    ),
+    (
+        CounterMetricFamily,
+        "paceline:refused_trees",
+        "stage",
+        "Trees that broke the rules, or hung on no state of their session.",
+        _by_stage(lambda stage: stage.refused_trees),
+    ),
+    (
+        CounterMetricFamily,
+        "paceline:wasted_tokens",
+        "stage",
+        "Nodes that arrived from remote stages and no step verified, by who guessed them.",
+        _by_stage(lambda stage: stage.wasted_nodes),
+    ),
+    (
+        GaugeMetricFamily,
+        "paceline:breaker_open",
+        "stage",
+        "1: the stage is left out until a probe succeeds.",
+        _by_stage(lambda stage: stage.breaker_open),
+    ),
+    (
+        CounterMetricFamily,
+        "paceline:breaker_openings",
+        "stage",
+        "How often the stage's breaker opened.",
+        _by_stage(lambda stage: stage.breaker_openings),
+    ),
+    (
+        CounterMetricFamily,
+        "paceline:drafter_answers",
+        "stage",
+        "Calls to the stage's workers that came back.",
+        _by_stage(lambda stage: stage.answers),
+    ),
+    (
+        CounterMetricFamily,
+        "paceline:drafter_busy_seconds",
+        "stage",
+        "What the stage's workers computed for this target, by what they say.",
+        _by_stage(lambda stage: stage.busy_s),
+    ),
     (GaugeMetricFamily, "paceline:drafter_sessions", "stage", "Open leases.", lambda x: x.drafter_sessions),
+    (CounterMetricFamily, "paceline:steps", "rows", "Steps by decoding rows.", lambda x: x.governor.rows),
+    (
+        CounterMetricFamily,
+        "paceline:node_choices",
+        "reason",
+        "Steps by why they had so many nodes.",
+        lambda x: x.governor.choices,
+    ),
     (
         GaugeMetricFamily,
         "paceline:mode_speed",
@@ -89,6 +169,16 @@ BY_KEY: Sequence[tuple[type[Metric], str, str, str, Callable[[Load], dict[Any, A
         lambda x: x.governor.speeds,
     ),
     (GaugeMetricFamily, "paceline:mode", "mode", "Where guesses come from now.", lambda x: {x.governor.mode: 1}),
+)
+
+
+HISTOGRAMS_BY_KEY: Sequence[tuple[str, str, str, Callable[[Load], Mapping[str, Histogram]]]] = (
+    (
+        "paceline:draft_age_seconds",
+        "stage",
+        "From a remote tree's arrival to the round that took it; cached trees are as old as those they are left of.",
+        lambda load: {name: stats.draft_age for name, stats in load.stages.items()},
+    ),
 )
 
 
@@ -112,6 +202,12 @@ def families(model: str, loads: Sequence[tuple[str, Load]]) -> Iterator[Metric]:
         for replica, load in loads:
             _add_histogram(buckets, (model, replica), histogram(load))
         yield buckets
+    for name, key, text, histograms in HISTOGRAMS_BY_KEY:
+        keyed = HistogramMetricFamily(name, text, labels=(*LABELS, key))
+        for replica, load in loads:
+            for value, filled in sorted(histograms(load).items()):
+                _add_histogram(keyed, (model, replica, value), filled)
+        yield keyed
 
 
 def _filled(family: Any, model: str, loads: Sequence[tuple[str, Load]], read: Callable[[Load], float]) -> Metric:

@@ -79,11 +79,13 @@ def replica_lines(load: pb.ReplicaLoad) -> Iterator[str]:
             f"{load.drafts_cached / load.drafts_wanted:.0%} found it ready, "
             f"{load.drafts_missing / load.drafts_wanted:.0%} got none"
         )
-    if any(load.deadline_misses.values()):
-        yield f"  late        {_counts(load.deadline_misses)}"
+    for name, stage in sorted(load.stages.items()):
+        yield f"  {name:<10}  {stage_line(stage, load.deadline_misses[name])}"
     if load.last_choice:
         yield f"  governor    {load.last_choice}"
     governor = load.governor
+    if sum(governor.choices.values()):
+        yield f"  nodes       {nodes_line(governor)}"
     if governor.measured_tokens_per_s:
         yield (
             f"  speed       {governor.measured_tokens_per_s:.0f} tokens/s of late "
@@ -102,6 +104,26 @@ def acceptance(stats: pb.EngineStats) -> str:
         if drafted
     )
     return f"{length:.2f} tokens a round with a tree; accepted: {shares}"
+
+
+def stage_line(stage: pb.StageStats, misses: int) -> str:
+    """A remote stage: whether it is in use, how long its workers take, and what of its trees came to nothing."""
+    state = "LEFT OUT until a probe succeeds (breaker open)" if stage.breaker_open else "in use"
+    took = f" of {1e3 * stage.busy_s / stage.answers:.1f} ms" if stage.answers else ""
+    return (
+        f"{state}; {stage.answers:,} answers{took}, {misses:,} deadlines missed, "
+        f"breaker opened {stage.breaker_openings:,} times; "
+        f"trees: {stage.late_trees:,} late, {stage.refused_trees:,} refused; {stage.wasted_nodes:,} nodes wasted"
+    )
+
+
+def nodes_line(governor: pb.GovernorReport) -> str:
+    """How much is guessed, and why: reasons by how many steps had them."""
+    steps = sum(governor.choices.values())
+    mean = governor.nodes.total / max(1, sum(governor.nodes.counts))
+    reasons = sorted(governor.choices.items(), key=lambda item: -item[1])
+    why = ", ".join(f"{reason.replace('_', ' ')} {count / steps:.0%}" for reason, count in reasons)
+    return f"{mean:.1f} verified a step ({why})"
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -14,7 +14,7 @@ from cluster.core.config import Dtype, ModelConfig, StageConfig, parse_config
 from cluster.core.errors import ConfigError
 from cluster.core.types import Origin
 from drafters.base import Ask, Drafter
-from drafters.options import GrowthOptions, SssdOptions, StagedOptions, SwiftOptions
+from drafters.options import GrowthOptions, MlpOptions, S3DOptions, SssdOptions, StagedOptions, SwiftOptions
 
 if TYPE_CHECKING:
     from cluster.engine.rank import Rank
@@ -98,6 +98,33 @@ def _swift(stage: StageConfig, site: _Site) -> Drafter:
     return SwiftDrafter(rank, options, max_len=max_len, stage=_origin(stage))
 
 
+def _s3d(stage: StageConfig, site: _Site) -> Drafter:
+    from drafters.s3d import S3DDrafter
+    from drafters.s3d_adapter import S3DAdapter, find_adapter
+    from drafters.shipped_store import tokenizer_of
+
+    options = parse_config(S3DOptions, stage.options)
+    if site.rank is None or site.slot_of is None:
+        raise ConfigError("drafter: s3d runs in the target's process alone; allowed: local_drafter, or a stage of it")
+    folder = find_adapter(options.adapter, site.rank.config, site.target.folder)
+    adapter = S3DAdapter.load(folder, site.rank.config, tokenizer_of(site.target.folder))
+    max_len = site.target.max_model_len
+    return S3DDrafter(site.rank, adapter, options, max_len=max_len, slot_of=site.slot_of, stage=_origin(stage))
+
+
+def _mlp_speculator(stage: StageConfig, site: _Site) -> Drafter:
+    from drafters.mlp_head import find_head
+    from drafters.mlp_speculator import MlpSpeculator, load_mlp
+
+    options = parse_config(MlpOptions, stage.options)
+    if site.rank is None or site.slot_of is None:
+        raise ConfigError(
+            "drafter: mlp_speculator runs in the target's process alone; allowed: local_drafter, or a stage of it"
+        )
+    head = load_mlp(find_head(options.head, site.target.folder), site.target.folder, site.rank)
+    return MlpSpeculator(site.rank, site.slot_of, head, options, stage=_origin(stage))
+
+
 def _staged(stage: StageConfig, site: _Site) -> Drafter:
     from drafters.staged import StagedDrafter
 
@@ -114,6 +141,8 @@ _FACTORIES: dict[str, Callable[[StageConfig, _Site], Drafter]] = {
     "sssd": _sssd,
     "draft_model": _draft_model,
     "swift": _swift,
+    "s3d": _s3d,
+    "mlp_speculator": _mlp_speculator,
     "staged": _staged,
 }
 
@@ -124,25 +153,34 @@ def _origin(stage: StageConfig) -> Origin:
 
 def _own_rank(stage: StageConfig, target: TargetFacts, options: GrowthOptions) -> tuple[Rank, int]:
     """Load a rank of the drafter's own; returns it with the positions it can take."""
-    from cluster.engine.rank import build_rank
-    from cluster.engine.weights import read_config, resolve_model
+    from cluster.engine.kernels import choose_kernels
+    from cluster.engine.rank import check_window, rank_of
+    from cluster.engine.weights import load_weights, read_config, resolve_model
+    from drafters.distilled import find_draft, load_draft
 
     model = stage.model or ModelConfig(source=str(target.folder), dtype=target.dtype)
-    folder = resolve_model(model.source)
-    config = read_config(folder)
-    if config.vocab_size != target.vocab_size:
-        raise ConfigError(
-            f"model.source: {model.source} has a vocabulary of {config.vocab_size} tokens,"
-            f" the target in {target.folder} one of {target.vocab_size}"
-        )
+    kernels = choose_kernels(model.kernels, model.dtype, model.threads)
+    draft, head_tokens = find_draft(model.source, target.folder), None
+    if draft is not None:
+        config, weights, head_tokens = load_draft(draft, target.folder, kernels.dtype)
+    else:
+        folder = resolve_model(model.source)
+        config = read_config(folder)
+        if config.vocab_size != target.vocab_size:
+            raise ConfigError(
+                f"model.source: {model.source} has a vocabulary of {config.vocab_size} tokens,"
+                f" the target in {target.folder} one of {target.vocab_size}"
+            )
+        weights = load_weights(folder, config, kernels.dtype)
     max_len = min(target.max_model_len, config.max_positions, config.sliding_window or target.max_model_len)
-    rank = build_rank(
-        folder,
-        model.dtype,
+    check_window(config, max_len)
+    rank = rank_of(
+        config,
+        weights,
+        kernels,
         num_slots=stage.max_sessions,
         capacity=max_len,
         scratch=options.prefill_chunk + options.guess_rows,
-        kernels=model.kernels,
-        threads=model.threads,
+        head_tokens=head_tokens,
     )
     return rank, max_len

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import Origin, SamplingParams
@@ -56,4 +56,16 @@ class Drafter(Protocol):
 
     def end(self, session_id: str) -> None:
         """Free everything held for the session. Ending an unknown session is allowed and does nothing."""
+        ...
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """A drafter that gets better while it serves."""
+
+    def study(self) -> bool:
+        """One small step of learning; False where there is nothing to learn. Called between rounds only.
+
+        ``cluster/rounds/study.py`` says how often: in idle time, and in a small share of the rest.
+        """
         ...

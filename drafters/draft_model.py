@@ -180,19 +180,9 @@ class ModelDrafter:
         base = len(session.tokens)
         # A node at depth d is evaluated at position base + d - 1; the deepest level needs no evaluation.
         max_depth = min(ask.max_depth, self._max_len - base + 1)
-        hints = self._usable(upstream.get(ask.session_id))
+        hints = usable(upstream.get(ask.session_id), self._rank.config.vocab_size)
         growth = Growth(ask.max_nodes, max_depth, hints, self._options, self.stage)
         return Plot(ask.session_id, slot, lead, base, session.params, session.history, growth)
-
-    def _usable(self, hints: TokenTree | None) -> TokenTree:
-        """Upstream's tree, or an empty one where it is missing or breaks a tree's invariants."""
-        if hints is None:
-            return TokenTree.empty()
-        try:
-            hints.check(self._rank.config.vocab_size)
-        except InvalidTree:
-            return TokenTree.empty()
-        return hints
 
     def _prefill(self, late: Sequence[tuple[str, SlotRows]]) -> None:
         """Compute one chunk of committed tokens for each session that lags behind, in the full model."""
@@ -201,6 +191,17 @@ class ModelDrafter:
         self._rank.forward([rows for _, rows in late], skip=self._lead_skip)
         for session_id, rows in late:
             self._slots.keep(session_id, range(len(rows.tokens)))
+
+
+def usable(hints: TokenTree | None, vocab_size: int) -> TokenTree:
+    """Upstream's tree, or an empty one where it is missing or breaks a tree's invariants."""
+    if hints is None:
+        return TokenTree.empty()
+    try:
+        hints.check(vocab_size)
+    except InvalidTree:
+        return TokenTree.empty()
+    return hints
 
 
 def _chunk(slot: int, tokens: Sequence[int]) -> SlotRows:

@@ -48,15 +48,19 @@ class Place:
 
 
 def expand(
-    logits: npt.NDArray[np.float32], places: Sequence[Place], error_scale: float = 1.0
+    logits: npt.NDArray[np.float32],
+    places: Sequence[Place],
+    error_scale: float = 1.0,
+    columns: Int64Array | None = None,
 ) -> tuple[Int64Array, Float64Array]:
     """Candidates for the children of each row's node, likeliest first.
 
-    logits: (rows, vocab) float32, one row per evaluated node; places: one per row.
+    logits: (rows, vocab) float32, one row per evaluated node; places: one per row. columns: the ids, rising,
+    that the columns stand for, of a head that knows a part of the vocabulary; no biases and no penalties then.
     Returns tokens (rows, k) int64 and probs (rows, k) float64, k = min(64, vocab): each row's probs fall and sum to 1;
     a token that the session's top-k, top-p or min-p rules out has 0. Ties go to the lower token id.
     """
-    tokens, values = _top(logits, places)
+    tokens, values = _top(logits, places, columns)
     temperatures = np.array([place.params.temperature for place in places])[:, None]
     values = np.where(_allowed(values, places, temperatures), values, -np.inf)
     for row, place in enumerate(places):
@@ -69,7 +73,9 @@ def expand(
     return np.take_along_axis(tokens, order, axis=1), np.take_along_axis(probs, order, axis=1)
 
 
-def _top(logits: npt.NDArray[np.float32], places: Sequence[Place]) -> tuple[Int64Array, Float64Array]:
+def _top(
+    logits: npt.NDArray[np.float32], places: Sequence[Place], columns: Int64Array | None
+) -> tuple[Int64Array, Float64Array]:
     """The best ``TOP`` tokens of each row in id order, with their logits after biases and penalties.
 
     A row with fewer finite logits is filled up with token 0 at -inf.
@@ -78,9 +84,9 @@ def _top(logits: npt.NDArray[np.float32], places: Sequence[Place]) -> tuple[Int6
     tokens = np.zeros((len(places), width), np.int64)
     values = np.full((len(places), width), -np.inf)
     for row, place in enumerate(places):
-        constrained = _constrain(logits[row], place)
+        constrained = _constrain(logits[row], place) if columns is None else logits[row]
         best = np.sort(top(constrained, width))
-        tokens[row, : len(best)] = best
+        tokens[row, : len(best)] = best if columns is None else columns[best]
         values[row, : len(best)] = constrained[best]
     return tokens, values
 

@@ -32,7 +32,8 @@ class Growth:
     """One tree while it grows. Nodes are numbered in order of creation, so a parent stands before its children.
 
     Nodes of ``upstream`` are taken over unscored: a node's score is its parent's times the model's estimate, known when
-    the parent is evaluated. Those the model gives no chance keep score 0 and are left out of the result.
+    the parent is evaluated. Those the model gives no chance keep score 0 and are left out of the result. With
+    ``keep_scores`` they have upstream's score where that is higher: of a model that knows less than upstream at times.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Growth:
                 break
             child = adopted.pop(token, None)
             if child is not None:
-                self._scores[child] = own * prob
+                self._scores[child] = max(self._scores[child], own * prob)
             elif rank < self._options.children:
                 self._add(token, node, own * prob, self._stage)
 
@@ -106,10 +107,12 @@ class Growth:
     def _adopt(self, upstream: TokenTree) -> list[int]:
         """Take over upstream's nodes, siblings of the same token once; returns those worth evaluating."""
         moved: list[int] = []
-        for token, parent, stage in zip(upstream.tokens.tolist(), upstream.parents.tolist(), upstream.stages.tolist()):
+        scores = upstream.scores if self._options.keep_scores else np.zeros(len(upstream))
+        columns = (upstream.tokens, upstream.parents, scores, upstream.stages)
+        for token, parent, score, stage in zip(*(column.tolist() for column in columns)):
             place = moved[parent] if parent >= 0 else ROOT
             known = self._index.get((place, token))
-            moved.append(self._add(token, place, 0.0, stage) if known is None else known)
+            moved.append(self._add(token, place, score, stage) if known is None else known)
         return [node for node in range(len(self.tokens)) if self.depths[node] < self._max_depth]
 
     def _add(self, token: int, parent: int, score: float, stage: int) -> int:
@@ -126,19 +129,15 @@ class Growth:
 
     def _picks(self) -> list[int]:
         """The likeliest path's tip, and the best other nodes that share its pass."""
-        tip = self._tip()
-        floor = max(self._options.min_score, self._last_place())
-        if tip == ROOT or self.depths[tip] >= self._max_depth or self._scores[tip] < floor:
+        tip, last = self._tip(), self._last_place()
+
+        def pays(node: int) -> bool:
+            score = self._scores[node]
+            return score >= self._options.min_score and score > last and self.depths[node] < self._max_depth
+
+        if tip == ROOT or not pays(tip):
             return []
-        others = [
-            node
-            for node, score in enumerate(self._scores)
-            if score >= floor
-            and score > 0.0
-            and self.depths[node] < self._max_depth
-            and node not in self.rows
-            and node != tip
-        ]
+        others = [node for node in range(len(self._scores)) if node != tip and node not in self.rows and pays(node)]
         others.sort(key=lambda node: -self._scores[node])
         return [tip, *others[: self._options.expand_per_pass - 1]]
 
@@ -152,7 +151,7 @@ class Growth:
         return node
 
     def _last_place(self) -> float:
-        """The score a node must reach for its children to have a chance in the result."""
+        """The score a node must exceed for its children to have a chance in the result."""
         if len(self._scores) < self._max_nodes:
             return 0.0
         return sorted(self._scores, reverse=True)[self._max_nodes - 1]

@@ -5,7 +5,7 @@ A new drafter adds its class here; ``drafters.create`` refuses anything a class 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -35,6 +35,7 @@ class GrowthOptions(_Options):
     min_score: float = Field(default=0.02, ge=0.0, lt=1.0, description="nodes below it are not evaluated")
     max_upstream: int = Field(default=32, ge=0, le=256, description="nodes taken over from the stage before")
     error_scale: float = Field(default=1.0, gt=0.0, description="see drafters/expand.py")
+    keep_scores: bool = Field(default=False, description="upstream's nodes keep the stage before's scores if higher")
     prefill_chunk: int = Field(default=256, ge=1, description="committed tokens of a session computed per propose")
 
     @property
@@ -44,9 +45,39 @@ class GrowthOptions(_Options):
 
 
 class SwiftOptions(GrowthOptions):
-    """``skip``: sub-layers left out (2 * layer: attention, 2 * layer + 1: MLP), or ``uniform:COUNT``."""
+    """``skip``: sub-layers left out (2 * layer: attention, 2 * layer + 1: MLP), or how to choose them:
+    ``uniform:COUNT`` an even spread, ``found:COUNT`` the set found beforehand (``drafters/training/search_skip.py``),
+    ``search:COUNT`` the same as a start, and better ones searched from the text being generated (in the process of a
+    target of one rank only)."""
 
     skip: str | list[int] = "uniform:12"
+    sets: str = Field(default="default", description="folder of sets found beforehand; default: those shipped")
+    proposals: Literal["mutate", "random", "bayes"] = Field(
+        default="mutate", description="how a search finds sets to try; bayes needs pip install 'paceline[search]'"
+    )
+    study_rows: int = Field(default=32, ge=16, le=512, description="tokens that a search scores in one step")
+    search_seed: int = Field(default=0, ge=0)
+    keep_in: str | None = Field(default=None, description="file in which a search is kept from run to run")
+
+
+class MlpOptions(GrowthOptions):
+    """A network on the target's hidden states. ``head``: its folder, or ``default``, the one shipped for the target."""
+
+    head: str = "default"
+    passes: int = Field(default=2, ge=1, le=16, description="passes of one propose, at most")
+    max_upstream: int = Field(default=24, ge=0, le=256, description="nodes taken over from the stage before")
+    keep_scores: bool = Field(default=True, description="upstream's nodes keep the stage before's scores if higher")
+
+
+class S3DOptions(_Options):
+    """Masks and adapters for the target, and what is made of their guesses."""
+
+    adapter: str = Field(
+        default="default", description="folder train_s3d.py made, or default: the one shipped for the target"
+    )
+    gamma: int | None = Field(default=None, ge=1, le=32, description="tokens guessed in a pass; None: all trained for")
+    children: int = Field(default=6, ge=1, le=64, description="likeliest tokens of each position that are tried")
+    error_scale: float = Field(default=1.0, gt=0.0, description="see drafters/expand.py")
 
 
 class StagedOptions(_Options):

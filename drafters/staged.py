@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import SamplingParams
-from drafters.base import Ask, Drafter
+from drafters.base import Ask, Drafter, Learner
 
 log = logging.getLogger(__name__)
 _ANY_TOKEN = 2**31 - 1
@@ -73,6 +73,10 @@ class StagedDrafter:
         self._medium.end(session_id)
         self._small_holds.discard(session_id)
         self._small.end(session_id)
+
+    def study(self) -> bool:
+        """Medium's, where it learns."""
+        return isinstance(self._medium, Learner) and self._medium.study()
 
     def _drop_small(self, session_id: str) -> None:
         """Go on without the small stage, which has just raised, until the session is begun again."""

@@ -245,7 +245,7 @@ class GetLoadResponse(_message.Message):
     def __init__(self, replicas: _Optional[_Iterable[_Union[ReplicaLoad, _Mapping]]] = ...) -> None: ...
 
 class ReplicaLoad(_message.Message):
-    __slots__ = ("replica", "running", "waiting", "kv_slots_used", "kv_slots_total", "drafter_sessions", "worker_pids", "deadline_misses", "last_choice", "kv_usage", "stats", "governor", "drafts_wanted", "drafts_cached", "drafts_missing")
+    __slots__ = ("replica", "running", "waiting", "kv_slots_used", "kv_slots_total", "drafter_sessions", "worker_pids", "deadline_misses", "last_choice", "kv_usage", "stats", "governor", "drafts_wanted", "drafts_cached", "drafts_missing", "stages")
     class DrafterSessionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -267,6 +267,13 @@ class ReplicaLoad(_message.Message):
         key: str
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class StagesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: StageStats
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[StageStats, _Mapping]] = ...) -> None: ...
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -282,6 +289,7 @@ class ReplicaLoad(_message.Message):
     DRAFTS_WANTED_FIELD_NUMBER: _ClassVar[int]
     DRAFTS_CACHED_FIELD_NUMBER: _ClassVar[int]
     DRAFTS_MISSING_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
     replica: str
     running: int
     waiting: int
@@ -297,10 +305,11 @@ class ReplicaLoad(_message.Message):
     drafts_wanted: int
     drafts_cached: int
     drafts_missing: int
-    def __init__(self, replica: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_slots_used: _Optional[int] = ..., kv_slots_total: _Optional[int] = ..., drafter_sessions: _Optional[_Mapping[str, int]] = ..., worker_pids: _Optional[_Mapping[str, int]] = ..., deadline_misses: _Optional[_Mapping[str, int]] = ..., last_choice: _Optional[str] = ..., kv_usage: _Optional[float] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., governor: _Optional[_Union[GovernorReport, _Mapping]] = ..., drafts_wanted: _Optional[int] = ..., drafts_cached: _Optional[int] = ..., drafts_missing: _Optional[int] = ...) -> None: ...
+    stages: _containers.MessageMap[str, StageStats]
+    def __init__(self, replica: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_slots_used: _Optional[int] = ..., kv_slots_total: _Optional[int] = ..., drafter_sessions: _Optional[_Mapping[str, int]] = ..., worker_pids: _Optional[_Mapping[str, int]] = ..., deadline_misses: _Optional[_Mapping[str, int]] = ..., last_choice: _Optional[str] = ..., kv_usage: _Optional[float] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., governor: _Optional[_Union[GovernorReport, _Mapping]] = ..., drafts_wanted: _Optional[int] = ..., drafts_cached: _Optional[int] = ..., drafts_missing: _Optional[int] = ..., stages: _Optional[_Mapping[str, StageStats]] = ...) -> None: ...
 
 class EngineStats(_message.Message):
-    __slots__ = ("prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions", "drafts", "drafted", "accepted", "finished")
+    __slots__ = ("prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions", "drafts", "drafted", "accepted", "finished", "accepted_per_pos")
     class DraftedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -331,6 +340,7 @@ class EngineStats(_message.Message):
     DRAFTED_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_PER_POS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     generation_tokens: int
     prefix_queries: int
@@ -340,10 +350,41 @@ class EngineStats(_message.Message):
     drafted: _containers.ScalarMap[str, int]
     accepted: _containers.ScalarMap[str, int]
     finished: _containers.ScalarMap[str, int]
-    def __init__(self, prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., preemptions: _Optional[int] = ..., drafts: _Optional[int] = ..., drafted: _Optional[_Mapping[str, int]] = ..., accepted: _Optional[_Mapping[str, int]] = ..., finished: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    accepted_per_pos: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., preemptions: _Optional[int] = ..., drafts: _Optional[int] = ..., drafted: _Optional[_Mapping[str, int]] = ..., accepted: _Optional[_Mapping[str, int]] = ..., finished: _Optional[_Mapping[str, int]] = ..., accepted_per_pos: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class StageStats(_message.Message):
+    __slots__ = ("breaker_open", "breaker_openings", "answers", "busy_s", "late_trees", "refused_trees", "wasted_nodes", "draft_age")
+    BREAKER_OPEN_FIELD_NUMBER: _ClassVar[int]
+    BREAKER_OPENINGS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    LATE_TREES_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_TREES_FIELD_NUMBER: _ClassVar[int]
+    WASTED_NODES_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_AGE_FIELD_NUMBER: _ClassVar[int]
+    breaker_open: bool
+    breaker_openings: int
+    answers: int
+    busy_s: float
+    late_trees: int
+    refused_trees: int
+    wasted_nodes: int
+    draft_age: Histogram
+    def __init__(self, breaker_open: _Optional[bool] = ..., breaker_openings: _Optional[int] = ..., answers: _Optional[int] = ..., busy_s: _Optional[float] = ..., late_trees: _Optional[int] = ..., refused_trees: _Optional[int] = ..., wasted_nodes: _Optional[int] = ..., draft_age: _Optional[_Union[Histogram, _Mapping]] = ...) -> None: ...
+
+class Histogram(_message.Message):
+    __slots__ = ("bounds", "counts", "total")
+    BOUNDS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    bounds: _containers.RepeatedScalarFieldContainer[float]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    total: float
+    def __init__(self, bounds: _Optional[_Iterable[float]] = ..., counts: _Optional[_Iterable[int]] = ..., total: _Optional[float] = ...) -> None: ...
 
 class GovernorReport(_message.Message):
-    __slots__ = ("mode", "speeds", "rows", "expected_tokens_per_s", "measured_tokens_per_s", "drift")
+    __slots__ = ("mode", "speeds", "rows", "expected_tokens_per_s", "measured_tokens_per_s", "drift", "nodes", "choices")
     class SpeedsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -358,16 +399,27 @@ class GovernorReport(_message.Message):
         key: int
         value: int
         def __init__(self, key: _Optional[int] = ..., value: _Optional[int] = ...) -> None: ...
+    class ChoicesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     MODE_FIELD_NUMBER: _ClassVar[int]
     SPEEDS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     MEASURED_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     DRIFT_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
     mode: str
     speeds: _containers.ScalarMap[str, float]
     rows: _containers.ScalarMap[int, int]
     expected_tokens_per_s: float
     measured_tokens_per_s: float
     drift: float
-    def __init__(self, mode: _Optional[str] = ..., speeds: _Optional[_Mapping[str, float]] = ..., rows: _Optional[_Mapping[int, int]] = ..., expected_tokens_per_s: _Optional[float] = ..., measured_tokens_per_s: _Optional[float] = ..., drift: _Optional[float] = ...) -> None: ...
+    nodes: Histogram
+    choices: _containers.ScalarMap[str, int]
+    def __init__(self, mode: _Optional[str] = ..., speeds: _Optional[_Mapping[str, float]] = ..., rows: _Optional[_Mapping[int, int]] = ..., expected_tokens_per_s: _Optional[float] = ..., measured_tokens_per_s: _Optional[float] = ..., drift: _Optional[float] = ..., nodes: _Optional[_Union[Histogram, _Mapping]] = ..., choices: _Optional[_Mapping[str, int]] = ...) -> None: ...

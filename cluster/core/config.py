@@ -14,7 +14,7 @@ from cluster.core.errors import ConfigError
 from cluster.core.types import STAGE_NAMES
 
 Dtype = Literal["bfloat16", "float32", "float64"]
-DrafterName = Literal["sssd", "draft_model", "swift", "staged"]
+DrafterName = Literal["sssd", "draft_model", "swift", "s3d", "mlp_speculator", "staged"]
 
 
 C = TypeVar("C", bound=BaseModel)
@@ -76,7 +76,9 @@ class EngineConfig(_Config):
     draft_deadline_steps: float = Field(default=4.0, ge=0.0, description="how long to wait for trees, in plain steps")
     draft_deadline_min_ms: float = Field(default=2.0, ge=0.0)
     draft_deadline_max_ms: float = Field(default=250.0, ge=0.0)
-
+    tracing: bool = Field(
+        default=False, description="OpenTelemetry spans of requests and rounds; needs the extra paceline[tracing]"
+    )
     emulated_step_ms: float = Field(
         default=0.0, ge=0.0, description="for experiments: added to every step, as if the target were larger"
     )

@@ -127,6 +127,7 @@ class GenerateRequest:
 
     ``priority``: lower is served first, as in vLLM. ``cache_salt``: K/V is reused among requests of equal salt only.
     ``owner``: text that requests of one owner leave behind may draft for that owner's alone; "" is nobody.
+    ``trace_parent``: the client's span, as W3C's ``traceparent`` header has it; "" where there is none.
     """
 
     request_id: str
@@ -139,6 +140,7 @@ class GenerateRequest:
     priority: int = 0
     cache_salt: str = ""
     owner: str = ""
+    trace_parent: str = ""
 
     def __post_init__(self) -> None:
         _require(abs(self.priority) <= MAX_PRIORITY, "priority", f"{self.priority} is outside +-{MAX_PRIORITY}")
@@ -245,7 +247,8 @@ class Histogram:
 class EngineStats:
     """Totals since start. ``prefix_*`` count prompt tokens looked up and found; ``drafts`` trees verified.
 
-    ``drafted`` and ``accepted`` count their nodes, by stage. Histograms are in seconds.
+    ``drafted`` and ``accepted`` count their nodes, by stage; ``accepted_per_pos[i]`` the trees of which more than ``i``
+    nodes were accepted. Histograms are in seconds.
     """
 
     prompt_tokens: int = 0
@@ -261,6 +264,27 @@ class EngineStats:
     inter_token_latency: Histogram = Histogram()
     request_latency: Histogram = Histogram()
     queue_time: Histogram = Histogram()
+    accepted_per_pos: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StageStats:
+    """One remote stage as its target sees it; counts are totals since start.
+
+    ``breaker_open``: it is left out until a probe succeeds. ``answers``: calls that came back; ``busy_s``: seconds that
+    workers say they computed for them. ``late_trees`` came when their round had begun without them; ``refused_trees``
+    broke the rules or hung on no state of their session. ``wasted_nodes`` the stage guessed and no step verified.
+    ``draft_age``: seconds from a tree's arrival to the round that took it.
+    """
+
+    breaker_open: bool = False
+    breaker_openings: int = 0
+    answers: int = 0
+    busy_s: float = 0.0
+    late_trees: int = 0
+    refused_trees: int = 0
+    wasted_nodes: int = 0
+    draft_age: Histogram = Histogram()
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +294,8 @@ class GovernorReport:
     mode: where guesses come from: plain, local or remote. speeds: tokens per session and plain step in each mode, of
     late. rows: decoding rows of a step (roots and nodes) -> how many steps had so many. expected_tokens_per_s: of the
     steps chosen, by the cost curve and calibrated scores; measured_tokens_per_s: what they yielded; both of late.
-    drift: by which factor the cost curve's shape, as service shows it, has left the one measured at start.
+    drift: by which factor the cost curve's shape, as service shows it, has left the one measured at start. nodes: of a
+    step with decoding sessions, all trees together. choices: steps by why they had so many nodes.
     """
 
     mode: str = ""
@@ -279,6 +304,8 @@ class GovernorReport:
     expected_tokens_per_s: float = 0.0
     measured_tokens_per_s: float = 0.0
     drift: float = 1.0
+    nodes: Histogram = Histogram()
+    choices: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +313,7 @@ class Load:
     """A replica's load at one moment; ``kv_slots_*`` count sessions' KV slots, ``kv_usage`` is a share of positions.
 
     Since start: ``drafts_wanted``, sessions' rounds that wanted a tree of the remote stages; ``drafts_cached``, those
-    that found it in the outcome cache; ``drafts_missing``, those for which none came in time.
+    that found it in the outcome cache; ``drafts_missing``, those for which none came in time. ``stages``: remote ones.
     """
 
     running: int
@@ -303,6 +330,7 @@ class Load:
     kv_usage: float = 0.0
     stats: EngineStats = EngineStats()
     governor: GovernorReport = GovernorReport()
+    stages: dict[str, StageStats] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,33 +41,42 @@ class Decoder:
     ) -> None:
         self.config = config
         self._head_tokens = head_tokens
+        self.head_size = config.vocab_size if head_tokens is None else len(head_tokens)
         self.kernels = kernels
         embedding = weights["model.embed_tokens.weight"]
         head = embedding if config.tie_word_embeddings else weights["lm_head.weight"]
         cos, sin = _rope_tables(config, num_positions, kernels.dtype)
         self.num_positions = num_positions
         shared = group is not None
-        model = PackedModel(
+        packed = PackedModel(
             embedding,
             tuple(_pack_layer(config, weights, kernels, index, shared) for index in range(config.num_layers)),
             weights["model.norm.weight"],
             kernels.pack(head, wide=True),
             Heads(config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps, cos, sin),
         )
+        self.model = packed if group is None else None
+        """What a drafter's view shares; None of one rank among several."""
         self._forward = (
-            kernels.forward_of(model)
+            kernels.forward_of(packed)
             if group is None
-            else ShardedForward(kernels.shard_of(model), model, config.vocab_size, group)
+            else ShardedForward(kernels.shard_of(packed), packed, config.vocab_size, group)
         )
 
-    def forward(self, step: StepRows, kv: KVStore, skip: frozenset[int] = frozenset()) -> torch.Tensor:
+    def forward(
+        self,
+        step: StepRows,
+        kv: KVStore,
+        skip: frozenset[int] = frozenset(),
+        features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Logits of the wanted rows: (wanted, vocab) fp32. Writes the rows' keys and values into the cache.
 
         Sub-layers are numbered 2 * layer (attention) and 2 * layer + 1 (MLP). A skipped one is the identity: only the
         residual passes, and a skipped attention writes no keys. Of several ranks, all call it alike, and only rank 0
-        gets logits.
+        gets logits. ``features``: see ``Forward``; not of one rank among several.
         """
-        logits = self._forward(step, kv, skip)
+        logits = self._forward(step, kv, skip, features)
         if self._head_tokens is None:
             return logits
         whole = logits.new_full((len(logits), self.config.vocab_size), -torch.inf)

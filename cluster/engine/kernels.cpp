@@ -6,12 +6,12 @@
 // differently from another. bf16 rounds where a stock bf16 model stores a tensor; sums are fp32.
 #include "attention.h"
 #include "linear.h"
+#include "mlp_head.h"
+#include "norm.h"
 
 namespace {
 
 // ---- what Python hands over; kernels_native.py mirrors these structures
-
-template <class T> struct Matrix { const T* weight; const float* bias; };
 
 template <class T> struct Layer {
   const T* input_norm;
@@ -23,12 +23,12 @@ template <class T> struct Layer {
 };
 
 template <class T> struct Model {
-  const T* embedding;
+  const T *embedding, *masks;  // masks: of tokens from vocab on, in a drafter's view
   const Layer<T>* layers;
   const T* final_norm;
   Matrix<T> head;
   const float *cos, *sin;  // (positions, dim / 2)
-  int32_t num_layers, hidden, inner, heads, kv_heads, dim, vocab;
+  int32_t num_layers, hidden, inner, heads, kv_heads, dim, vocab, head_size;
   float eps;
 };
 
@@ -39,25 +39,12 @@ template <class T> struct Step {
   const int64_t* cache_rows;
   const int32_t *paths, *path_lengths;
   const int64_t* wanted;
-  T* cache;
+  T *cache, *features;  // features: (num_wanted, hidden), where the final norm's rows go, or null
   int64_t slot_size, num_positions;
   int32_t rows, path_width, num_wanted;
 };
 
-// ---- norm and rotary embedding
-
-template <class T> void norm_row(const T* x, const T* weight, T* out, int width, float eps) {
-  v16 squares = {};
-  for (int i = 0; i < width; i += 16) {
-    v16 part = load_part(x + i, width - i);
-    squares = fma16(part, part, squares);
-  }
-  v16 scale = splat(1.0f / sqrtf(hsum(squares) / width + eps));
-  for (int i = 0; i < width; i += 16) {
-    v16 unit = round16(load_part(x + i, width - i) * scale, x);
-    store_part(out + i, unit * load_part(weight + i, width - i), width - i);
-  }
-}
+// ---- rotary embedding
 
 template <class T> void rotate(const T* x, const float* cos, const float* sin, T* out, int dim) {
   int half = dim / 2;
@@ -92,10 +79,7 @@ template <class T, class X> struct Forward {
 
   void linear(const T* x, int rows, int inputs, Matrix<T> matrix, const T* residual, void* out, int outputs,
               bool wide = false, bool gated = false) const {
-    static thread_local std::vector<X> buffer;
-    int steps = sizeof(T) == 2 ? (inputs + 1) / 2 : inputs;
-    Linear<T, X>{stage(x, rows, inputs, buffer), matrix.weight, matrix.bias, residual, out, rows, steps, outputs, wide, gated}
-        .run(threads);
+    multiply<T, X>(x, rows, inputs, matrix, residual, out, outputs, wide, gated, threads);
   }
 
   // Row-wise work is too little to share out for a few rows.
@@ -179,13 +163,18 @@ template <class T, class X> struct Forward {
     each_row(step.num_wanted, [&](int i) {
       norm_row(x + (size_t)step.wanted[i] * hidden, model.final_norm, normed + (size_t)i * hidden, hidden, model.eps);
     });
-    linear(normed, step.num_wanted, hidden, model.head, nullptr, logits, model.vocab, true);
+    if (step.features) memcpy(step.features, normed, (size_t)step.num_wanted * hidden * sizeof(T));
+    linear(normed, step.num_wanted, hidden, model.head, nullptr, logits, model.head_size, true);
   }
 
   void run(const uint8_t* skip, float* logits) const {
     const int hidden = model.hidden;
     T* x = hidden_rows();
-    for (int r = 0; r < step.rows; ++r) memcpy(x + (size_t)r * hidden, model.embedding + (size_t)step.tokens[r] * hidden, hidden * sizeof(T));
+    for (int r = 0; r < step.rows; ++r) {
+      int64_t token = step.tokens[r];
+      const T* row = token < model.vocab ? model.embedding + token * hidden : model.masks + (token - model.vocab) * hidden;
+      memcpy(x + (size_t)r * hidden, row, hidden * sizeof(T));
+    }
     for (int index = 0; index < 2 * model.num_layers; ++index)
       if (!skip[index]) sub_layer(index, x, x, false);
     head(x, logits);
@@ -194,7 +183,7 @@ template <class T, class X> struct Forward {
 
 }  // namespace
 
-// A whole step. skip: (2 * layers) flags of sub-layers to leave out; logits: (num_wanted, vocab).
+// A whole step. skip: (2 * layers) flags of sub-layers to leave out; logits: (num_wanted, head_size).
 extern "C" void forward_f32(const Model<float>* model, const Step<float>* step, const uint8_t* skip, float* logits, int threads) {
   Forward<float, float>{*model, *step, threads}.run(skip, logits);
 }
@@ -215,4 +204,18 @@ extern "C" void head_f32(const Model<float>* model, const Step<float>* step, con
 }
 extern "C" void head_bf16(const Model<bf16>* model, const Step<bf16>* step, const bf16* x, float* logits, int threads) {
   Forward<bf16, pairs>{*model, *step, threads}.head(x, logits);
+}
+
+// A step of the network in mlp_head.h, and what follows its states. states, next: (rows, hidden); logits: (rows, head_size).
+extern "C" void mlp_advance_f32(const MlpHead<float>* head, const int64_t* tokens, const float* states, float* next, int rows, int threads) {
+  advance<float, float>(*head, tokens, states, next, rows, threads);
+}
+extern "C" void mlp_advance_bf16(const MlpHead<bf16>* head, const int64_t* tokens, const bf16* states, bf16* next, int rows, int threads) {
+  advance<bf16, pairs>(*head, tokens, states, next, rows, threads);
+}
+extern "C" void mlp_logits_f32(const MlpHead<float>* head, const float* states, float* logits, int rows, int threads) {
+  head_logits<float, float>(*head, states, logits, rows, threads);
+}
+extern "C" void mlp_logits_bf16(const MlpHead<bf16>* head, const bf16* states, float* logits, int rows, int threads) {
+  head_logits<bf16, pairs>(*head, states, logits, rows, threads);
 }

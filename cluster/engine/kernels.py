@@ -15,7 +15,7 @@ import torch
 
 from cluster.core.errors import ConfigError
 from cluster.engine.kv_store import KVStore
-from cluster.engine.packed import PackedLinear, PackedModel
+from cluster.engine.packed import PackedLinear, PackedMlpHead, PackedModel
 from cluster.engine.rows import StepRows
 
 logger = logging.getLogger(__name__)
@@ -23,8 +23,24 @@ logger = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
-Forward = Callable[[StepRows, KVStore, frozenset[int]], torch.Tensor]
-"""(step, cache, sub-layers to skip) -> logits of the wanted rows, (wanted, vocab) fp32; writes keys and values."""
+Forward = Callable[[StepRows, KVStore, frozenset[int], torch.Tensor | None], torch.Tensor]
+"""(step, cache, sub-layers to skip, features) -> logits of the wanted rows, (wanted, vocab) fp32.
+
+Keys and values are written into the cache. ``features``, where given, gets what the head saw: (wanted, hidden), behind
+the final norm, in the model's dtype.
+"""
+
+
+class MlpForward(Protocol):
+    """A ``PackedMlpHead`` at work. tokens: (n,) int64; states: (n, hidden) in the model's dtype."""
+
+    def advance(self, tokens: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """The states behind one more token each."""
+        ...
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """What follows each state: (n, head tokens) fp32."""
+        ...
 
 
 class ShardStep(Protocol):
@@ -64,6 +80,10 @@ class Kernels(Protocol):
 
     def forward_of(self, model: PackedModel) -> Forward:
         """The forward pass over a model packed by these kernels."""
+        ...
+
+    def mlp_of(self, model: PackedMlpHead) -> MlpForward:
+        """The same for the network that guesses on from hidden states."""
         ...
 
     def shard_of(self, model: PackedModel) -> Callable[[StepRows, KVStore], ShardStep]:

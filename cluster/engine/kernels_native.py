@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ import torch
 from cluster.core.native_build import NativeUnavailable, build_library
 from cluster.engine.cpu import cpu_flags
 from cluster.engine.huge_pages import Arena
-from cluster.engine.kernels import Forward, ShardStep
+from cluster.engine.kernels import Forward, MlpForward, ShardStep
 from cluster.engine.kv_store import KVStore
-from cluster.engine.packed import PackedLayer, PackedLinear, PackedModel
+from cluster.engine.packed import PackedLayer, PackedLinear, PackedMlpHead, PackedModel
 from cluster.engine.rows import StepRows
 
 SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("kernels.cpp", "attention.h", "linear.h", "pool.h", "simd.h")
+    Path(__file__).with_name(name)
+    for name in ("kernels.cpp", "attention.h", "linear.h", "mlp_head.h", "norm.h", "pool.h", "simd.h")
 )
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-pthread", "-fPIC", "-shared", "-Wno-psabi")
 BLOCK = 16
@@ -32,7 +33,10 @@ SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 class _Matrix(Structure):
-    _fields_ = (("weight", c_void_p), ("bias", c_void_p))
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "bias", "inner", "outer")),
+        ("rank", c_int32),
+    )
 
 
 class _Layer(Structure):
@@ -51,12 +55,30 @@ class _Layer(Structure):
 class _Model(Structure):
     _fields_ = (
         ("embedding", c_void_p),
+        ("masks", c_void_p),
         ("layers", POINTER(_Layer)),
         ("final_norm", c_void_p),
         ("head", _Matrix),
         ("cos", c_void_p),
         ("sin", c_void_p),
-        *((name, c_int32) for name in ("num_layers", "hidden", "inner", "heads", "kv_heads", "dim", "vocab")),
+        *((name, c_int32) for name in ("num_layers", "hidden", "inner", "heads", "kv_heads", "dim")),
+        *((name, c_int32) for name in ("vocab", "head_size")),
+        ("eps", c_float),
+    )
+
+
+class _MlpBlock(Structure):
+    _fields_ = (("norm", c_void_p), ("gate_up", _Matrix), ("down", _Matrix))
+
+
+class _MlpHead(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("embedding", "state_norm", "token_norm")),
+        ("mix", _Matrix),
+        ("blocks", POINTER(_MlpBlock)),
+        ("final_norm", c_void_p),
+        ("head", _Matrix),
+        *((name, c_int32) for name in ("num_blocks", "hidden", "inner", "head_size")),
         ("eps", c_float),
     )
 
@@ -64,7 +86,7 @@ class _Model(Structure):
 class _Step(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("tokens", "slots", "prefixes", "positions", "cache_rows")),
-        *((name, c_void_p) for name in ("paths", "path_lengths", "wanted", "cache")),
+        *((name, c_void_p) for name in ("paths", "path_lengths", "wanted", "cache", "features")),
         ("slot_size", c_int64),
         ("num_positions", c_int64),
         *((name, c_int32) for name in ("rows", "path_width", "num_wanted")),
@@ -102,7 +124,11 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 
 
 def _matrix(packed: PackedLinear) -> _Matrix:
-    return _Matrix(_address(packed.weight), _address(packed.bias))
+    weight, bias = _address(packed.weight), _address(packed.bias)
+    if packed.adapter is None:
+        return _Matrix(weight, bias)
+    inner, outer = packed.adapter.inner, packed.adapter.outer
+    return _Matrix(weight, bias, _address(inner.weight), _address(outer.weight), inner.outputs)
 
 
 def _layer(layer: PackedLayer) -> _Layer:
@@ -133,9 +159,9 @@ class NativeKernels:
         self._sub_layer = self._function("sub_layer", c_int, c_void_p, c_void_p)
         self._head = self._function("head", c_void_p, c_void_p)
 
-    def _function(self, name: str, *arguments: Any) -> Any:
+    def _function(self, name: str, *arguments: Any, of: Sequence[Any] = (_Model, _Step)) -> Any:
         function = getattr(_library(), f"{name}_{SUFFIXES[self.dtype]}")
-        function.argtypes = [POINTER(_Model), POINTER(_Step), *arguments, c_int]
+        function.argtypes = [*map(POINTER, of), *arguments, c_int]
         function.restype = None
         return function
 
@@ -166,6 +192,11 @@ class NativeKernels:
     def forward_of(self, model: PackedModel) -> Forward:
         return _NativeForward(_NativeModel(model), self._forward, self.threads)
 
+    def mlp_of(self, model: PackedMlpHead) -> MlpForward:
+        advance = self._function("mlp_advance", c_void_p, c_void_p, c_void_p, c_int, of=(_MlpHead,))
+        logits = self._function("mlp_logits", c_void_p, c_void_p, c_int, of=(_MlpHead,))
+        return _NativeMlp(model, advance, logits, self.threads)
+
     def shard_of(self, model: PackedModel) -> Callable[[StepRows, KVStore], ShardStep]:
         native = _NativeModel(model)
         return lambda step, kv: _NativeShardStep(native, step, kv, self._sub_layer, self._head, self.threads)
@@ -178,10 +209,11 @@ class _NativeModel:
         self._model = model
         heads = model.heads
         self._layers = (_Layer * len(model.layers))(*map(_layer, model.layers))
-        self.vocab_size = model.head.outputs
+        self.head_size = model.head.outputs
         self.num_layers = len(model.layers)
         self.struct = _Model(
             _address(model.embedding),
+            _address(model.masks),
             self._layers,
             _address(model.final_norm),
             _matrix(model.head),
@@ -193,15 +225,16 @@ class _NativeModel:
             heads.num,
             heads.num_kv,
             heads.dim,
-            self.vocab_size,
+            model.embedding.shape[0],
+            self.head_size,
             heads.eps,
         )
 
 
-def _step(step: StepRows, kv: KVStore, wanted: torch.Tensor) -> _Step:
+def _step(step: StepRows, kv: KVStore, wanted: torch.Tensor, features: torch.Tensor | None = None) -> _Step:
     return _Step(
         *map(_address, (step.tokens, step.slots, step.prefixes, step.positions, step.cache_rows)),
-        *map(_address, (step.paths, step.path_lengths, wanted, kv.keys[0])),
+        *map(_address, (step.paths, step.path_lengths, wanted, kv.keys[0], features)),
         kv.slot_size,
         kv.num_slots * kv.slot_size,
         len(step),
@@ -225,11 +258,46 @@ class _NativeForward:
     def __init__(self, model: _NativeModel, call: Any, threads: int) -> None:
         self._model, self._call, self._threads = model, call, threads
 
-    def __call__(self, step: StepRows, kv: KVStore, skip: frozenset[int]) -> torch.Tensor:
+    def __call__(
+        self, step: StepRows, kv: KVStore, skip: frozenset[int], features: torch.Tensor | None
+    ) -> torch.Tensor:
         wanted = _wanted(step)
-        logits = torch.empty((len(wanted), self._model.vocab_size))
+        logits = torch.empty((len(wanted), self._model.head_size))
         flags = bytes(index in skip for index in range(2 * self._model.num_layers))
-        self._call(self._model.struct, _step(step, kv, wanted), flags, logits.data_ptr(), self._threads)
+        native = _step(step, kv, wanted, features)
+        self._call(self._model.struct, native, flags, logits.data_ptr(), self._threads)
+        return logits
+
+
+class _NativeMlp:
+    """A step of the network, and its head, in a call each. Keeps the model, and with it the memory, alive."""
+
+    def __init__(self, model: PackedMlpHead, advance: Any, logits: Any, threads: int) -> None:
+        self._model, self._advance, self._logits, self._threads = model, advance, logits, threads
+        blocks = [_MlpBlock(_address(b.norm), _matrix(b.gate_up), _matrix(b.down)) for b in model.blocks]
+        self._blocks = (_MlpBlock * len(blocks))(*blocks)
+        self._struct = _MlpHead(
+            *map(_address, (model.embedding, model.state_norm, model.token_norm)),
+            _matrix(model.mix),
+            self._blocks,
+            _address(model.final_norm),
+            _matrix(model.head),
+            len(blocks),
+            model.embedding.shape[1],
+            model.blocks[0].gate_up.outputs,
+            model.head.outputs,
+            model.eps,
+        )
+
+    def advance(self, tokens: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        following = torch.empty_like(states)
+        addresses = tokens.data_ptr(), states.data_ptr(), following.data_ptr()
+        self._advance(self._struct, *addresses, len(tokens), self._threads)
+        return following
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        logits = torch.empty((len(states), self._model.head.outputs))
+        self._logits(self._struct, states.data_ptr(), logits.data_ptr(), len(states), self._threads)
         return logits
 
 
@@ -250,6 +318,6 @@ class _NativeShardStep:
         return result
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        result = torch.empty((len(self._wanted), self._model.vocab_size))
+        result = torch.empty((len(self._wanted), self._model.head_size))
         self._head(self._model.struct, self._step, hidden.data_ptr(), result.data_ptr(), self._threads)
         return result

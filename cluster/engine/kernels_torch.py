@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from cluster.engine.kernels import Forward, ShardStep
+from cluster.engine.kernels import Forward, MlpForward, ShardStep
 from cluster.engine.kv_store import KVStore
-from cluster.engine.packed import Heads, PackedLinear, PackedModel
+from cluster.engine.packed import Heads, PackedLinear, PackedMlpHead, PackedModel
 from cluster.engine.rows import StepRows
 
 TILE, WIDTH, BLOCK, CHUNK = 8, 64, 64, 4096
@@ -51,6 +51,26 @@ class _TorchShardStep:
         return self._kernels.logits(self._model, hidden, self._step)
 
 
+class _TorchMlp:
+    """The network that guesses on from hidden states."""
+
+    def __init__(self, kernels: TorchKernels, model: PackedMlpHead) -> None:
+        self._kernels, self._model = kernels, model
+
+    def advance(self, tokens: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        kernels, model = self._kernels, self._model
+        known = kernels.norm(states, model.state_norm, model.eps)
+        new = kernels.norm(model.embedding[tokens], model.token_norm, model.eps)
+        x = kernels.linear(torch.cat([known, new], 1), model.mix)
+        for block in model.blocks:
+            x = kernels.linear(kernels.linear(kernels.norm(x, block.norm, model.eps), block.gate_up), block.down, x)
+        return x
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        normed = self._kernels.norm(states, self._model.final_norm, self._model.eps)
+        return self._kernels.linear(normed, self._model.head).float()
+
+
 class TorchKernels:
     """``Kernels`` in ordinary torch operations. Sums of bf16 values are fp32; fp64 stays fp64 throughout."""
 
@@ -84,12 +104,26 @@ class TorchKernels:
     def shard_of(self, model: PackedModel) -> Callable[[StepRows, KVStore], ShardStep]:
         return functools.partial(_TorchShardStep, self, model)
 
-    def _forward(self, model: PackedModel, step: StepRows, kv: KVStore, skip: frozenset[int]) -> torch.Tensor:
-        hidden = model.embedding[step.tokens]
+    def mlp_of(self, model: PackedMlpHead) -> MlpForward:
+        return _TorchMlp(self, model)
+
+    def _forward(
+        self, model: PackedModel, step: StepRows, kv: KVStore, skip: frozenset[int], features: torch.Tensor | None
+    ) -> torch.Tensor:
+        hidden = self.embed(model, step.tokens)
         for index in range(2 * len(model.layers)):
             if index not in skip:
                 hidden = self.sub_layer(model, index, hidden, step, kv, residual=hidden)
-        return self.logits(model, hidden, step)
+        return self.logits(model, hidden, step, features)
+
+    def embed(self, model: PackedModel, tokens: torch.Tensor) -> torch.Tensor:
+        """(n,) -> (n, hidden)."""
+        if model.masks is None:
+            return model.embedding[tokens]
+        count = len(model.embedding)
+        known = model.embedding[tokens.clamp(max=count - 1)]
+        masks = model.masks[(tokens - count).clamp(min=0)]
+        return torch.where((tokens < count)[:, None], known, masks)
 
     def sub_layer(
         self,
@@ -110,12 +144,17 @@ class TorchKernels:
         self.rope_store(qkv, model.heads, layer.qk_norms, step, keys, values)
         return self.linear(self.attention(qkv, model.heads, step, keys, values), layer.out, residual)
 
-    def logits(self, model: PackedModel, hidden: torch.Tensor, step: StepRows) -> torch.Tensor:
+    def logits(
+        self, model: PackedModel, hidden: torch.Tensor, step: StepRows, features: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """(wanted, vocab) fp32."""
         wanted = hidden if step.wanted is None else hidden[step.wanted]
         if not len(wanted):
             return torch.empty((0, model.head.outputs))
-        return self.linear(self.norm(wanted, model.final_norm, model.heads.eps), model.head).float()
+        normed = self.norm(wanted, model.final_norm, model.heads.eps)
+        if features is not None:
+            features.copy_(normed)
+        return self.linear(normed, model.head).float()
 
     def _multiply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, outputs: int) -> torch.Tensor:
         x = F.pad(x.to(weight.dtype), (0, weight.shape[1] - x.shape[1]))
@@ -127,10 +166,18 @@ class TorchKernels:
         if packed.gated:
             biases = (None, None) if packed.bias is None else (packed.bias[0], packed.bias[1])
             gate, up = (self._multiply(x, weight, bias, packed.outputs) for weight, bias in zip(packed.weight, biases))
+            if packed.adapter is not None:
+                narrow = self.linear(x, packed.adapter.inner)
+                parts = packed.adapter.outer.weight
+                gate, up = (
+                    y + self._multiply(narrow, part, None, packed.outputs) for y, part in zip((gate, up), parts)
+                )
             wide = gate.to(self._sum_dtype)
             result = (wide / (1 + _exp(-wide))).to(self.dtype) * up
         else:
             result = self._multiply(x, packed.weight, packed.bias, packed.outputs)
+            if packed.adapter is not None:
+                result = result + self.linear(self.linear(x, packed.adapter.inner), packed.adapter.outer)
         return (result if residual is None else residual + result).contiguous()
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -48,6 +48,9 @@ template <class T, class X> struct Linear {
   void* out;              // (rows, outputs) of T, or of float where wide
   int rows, steps, outputs;
   bool wide, gated;       // gated: blocks alternate gate and up; the output is silu(gate) * up
+  const X* low;           // (rows, low_steps): an adapter's narrow inputs; they go on where x ends
+  const T* outer;         // (blocks, low_steps, 64 bytes)
+  int low_steps;
 
   int blocks() const { return gated ? (outputs + 15) / 16 * 2 : (outputs + 15) / 16; }
 
@@ -80,6 +83,7 @@ template <class T, class X> struct Linear {
     const T* w = weight + block * block_size;
     const X* first = x + (size_t)row * steps;
     v16 sums[R][B] = {};
+    for (int i = 0; i < B * low_steps; ++i) __builtin_prefetch(outer + ((size_t)block * low_steps + i) * line, 0, 2);
     for (int s = 0; s < steps; ++s)
 #pragma GCC unroll 8
       for (int b = 0; b < B; ++b) {
@@ -88,6 +92,12 @@ template <class T, class X> struct Linear {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) sums[r][b] = step(here, first + (size_t)r * steps + s, sums[r][b]);
       }
+    for (int s = 0; s < low_steps; ++s)
+#pragma GCC unroll 8
+      for (int b = 0; b < B; ++b)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+          sums[r][b] = step(outer + ((size_t)(block + b) * low_steps + s) * line, low + (size_t)(row + r) * low_steps + s, sums[r][b]);
     for (int r = 0; r < R; ++r) finish(row + r, block, sums[r], B);
   }
 
@@ -122,5 +132,31 @@ template <class T, class X> struct Linear {
     });
   }
 };
+
+// weight x, and outer (inner x) added to it where there is a rank.
+template <class T> struct Matrix {
+  const T* weight;
+  const float* bias;
+  const T *inner, *outer;
+  int32_t rank;
+};
+
+// (rows, inputs) -> (rows, outputs): of T, rounded and added to residual if there is one, or of float where wide.
+template <class T, class X>
+void multiply(const T* x, int rows, int inputs, Matrix<T> matrix, const T* residual, void* out, int outputs, bool wide,
+              bool gated, int threads) {
+  static thread_local std::vector<X> buffer, narrow_buffer;
+  static thread_local std::vector<T> narrow;
+  const auto steps = [](int count) { return sizeof(T) == 2 ? (count + 1) / 2 : count; };
+  const X* low = nullptr;
+  if (matrix.rank) {
+    narrow.resize((size_t)rows * matrix.rank);
+    multiply<T, X>(x, rows, inputs, {matrix.inner, nullptr, nullptr, nullptr, 0}, nullptr, narrow.data(), matrix.rank, false, false, threads);
+    low = stage(narrow.data(), rows, matrix.rank, narrow_buffer);
+  }
+  Linear<T, X>{stage(x, rows, inputs, buffer), matrix.weight, matrix.bias, residual, out, rows, steps(inputs), outputs,
+               wide, gated, low, matrix.outer, steps(matrix.rank)}
+      .run(threads);
+}
 
 }  // namespace

@@ -8,10 +8,22 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
+class LowRank:
+    """Adds outer(inner(x)) to what a linear of x gives, before it is rounded or gated.
+
+    inner: rank outputs; outer: packed as the linear itself, without biases.
+    """
+
+    inner: PackedLinear
+    outer: PackedLinear
+
+
+@dataclass(frozen=True, slots=True)
 class PackedLinear:
     """A weight in a kernel's own layout. ``gated``: gate and up in one; the result is silu(gate) * up.
 
     ``wide``: the result keeps the dtype sums are computed in, fp32 or fp64 (the LM head, and what ranks add up).
+    ``adapter``: of a drafter's view of a target; the weight itself is the target's.
     """
 
     weight: torch.Tensor
@@ -19,6 +31,7 @@ class PackedLinear:
     outputs: int
     gated: bool = False
     wide: bool = False
+    adapter: LowRank | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +65,38 @@ class PackedLayer:
 @dataclass(frozen=True, slots=True)
 class PackedModel:
     """embedding: (vocab, hidden) in the model's dtype; head: (vocab, hidden), wide. Of a shard: its heads, its share of
-    the MLP's width and of the vocabulary."""
+    the MLP's width and of the vocabulary. masks: (masks, hidden), what token ids from vocab on are embedded as, in a
+    drafter's view."""
 
     embedding: torch.Tensor
     layers: tuple[PackedLayer, ...]
     final_norm: torch.Tensor
     head: PackedLinear
     heads: Heads
+    masks: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBlock:
+    """A residual SwiGLU block of ``PackedMlpHead``."""
+
+    norm: torch.Tensor
+    gate_up: PackedLinear
+    down: PackedLinear
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMlpHead:
+    """The network that guesses on from a target's hidden states (``drafters/mlp_head.py``).
+
+    embedding: the target's, (vocab, hidden); mix: of 2 * hidden inputs; head: (head tokens, hidden), wide.
+    """
+
+    embedding: torch.Tensor
+    state_norm: torch.Tensor
+    token_norm: torch.Tensor
+    mix: PackedLinear
+    blocks: tuple[PackedBlock, ...]
+    final_norm: torch.Tensor
+    head: PackedLinear
+    eps: float

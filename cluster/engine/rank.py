@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,24 @@ import torch
 
 from cluster.core.errors import ConfigError
 from cluster.engine.decoder import Decoder
-from cluster.engine.kernels import choose_kernels
+from cluster.engine.kernels import Kernels, choose_kernels
 from cluster.engine.kv_cache import KVCache, SlotRows
 from cluster.engine.model_config import DecoderConfig
 from cluster.engine.rows import lay_out
 from cluster.engine.weights import load_weights, read_config
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Tip:
+    """What the head saw where it decided a session's newest token: (hidden,), behind the final norm.
+
+    length: tokens of the session, that one included.
+    """
+
+    length: int
+    features: torch.Tensor
 
 
 class Rank:
@@ -29,6 +41,8 @@ class Rank:
             raise ValueError(f"{kv.slot_size} positions per slot, but rotary tables for {decoder.num_positions}")
         self.decoder = decoder
         self.kv = kv
+        self.tips: dict[int, Tip] | None = None
+        """By slot, where a drafter wants them: kept by the verifier."""
 
     @property
     def config(self) -> DecoderConfig:
@@ -52,16 +66,21 @@ class Rank:
             )
 
     @torch.inference_mode()
-    def forward(self, batch: Sequence[SlotRows], skip: frozenset[int] = frozenset()) -> torch.Tensor:
+    def forward(
+        self,
+        batch: Sequence[SlotRows],
+        skip: frozenset[int] = frozenset(),
+        features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Compute all rows in one step. Returns (rows wanting logits, in batch order, vocab) fp32.
 
         Keys and values become scratch of their slots, until ``kv.commit`` keeps a path or the next pass voids them.
-        ``skip``: sub-layers left out, 2 * layer for attention, 2 * layer + 1 for the MLP. Raises ``ValueError`` for
-        rows that do not fit the cache or break the tree's order.
+        ``skip``: sub-layers left out, 2 * layer for attention, 2 * layer + 1 for the MLP. ``features``: see
+        ``kernels.Forward``. Raises ``ValueError`` for rows that do not fit the cache or break the tree's order.
         """
         if not batch:
             return torch.empty((0, self.config.vocab_size))
-        return self.decoder.forward(lay_out(batch, self.kv, self.config.vocab_size), self.kv, skip)
+        return self.decoder.forward(lay_out(batch, self.kv, self.config.vocab_size), self.kv, skip, features)
 
     def close(self) -> None:
         """Let go of what the rank holds beside memory: nothing, where it is the only one."""
@@ -85,8 +104,23 @@ def build_rank(
     config = read_config(folder)
     check_window(config, capacity)
     chosen = choose_kernels(kernels, dtype, threads)
-    decoder = Decoder(config, load_weights(folder, config, chosen.dtype), chosen, capacity + scratch)
-    rank = Rank(decoder, KVCache(config, num_slots, capacity, scratch, chosen.dtype))
+    weights = load_weights(folder, config, chosen.dtype)
+    return rank_of(config, weights, chosen, num_slots=num_slots, capacity=capacity, scratch=scratch)
+
+
+def rank_of(
+    config: DecoderConfig,
+    weights: Mapping[str, torch.Tensor],
+    kernels: Kernels,
+    *,
+    num_slots: int,
+    capacity: int,
+    scratch: int,
+    head_tokens: torch.Tensor | None = None,
+) -> Rank:
+    """A rank of loaded weights; see ``Decoder`` for ``head_tokens``."""
+    decoder = Decoder(config, weights, kernels, capacity + scratch, head_tokens=head_tokens)
+    rank = Rank(decoder, KVCache(config, num_slots, capacity, scratch, kernels.dtype))
     rank.warn_if_not_row_invariant()
     return rank
 

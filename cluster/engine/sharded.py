@@ -30,7 +30,11 @@ class ShardedForward:
         self._num_sub_layers = 2 * len(model.layers)
         self._embedding = model.embedding
 
-    def __call__(self, step: StepRows, kv: KVStore, skip: frozenset[int]) -> torch.Tensor:
+    def __call__(
+        self, step: StepRows, kv: KVStore, skip: frozenset[int], features: torch.Tensor | None
+    ) -> torch.Tensor:
+        if features is not None:
+            raise ValueError("ranks of a sharded target hand out no hidden states")
         part = self._begin(step, kv)
         hidden = self._group.sum(self._embed(step.tokens))
         for index in range(self._num_sub_layers):

@@ -111,8 +111,16 @@ class ShardedRank(Rank):
         self._in_step = False
 
     @torch.inference_mode()
-    def forward(self, batch: Sequence[SlotRows], skip: frozenset[int] = frozenset()) -> torch.Tensor:
-        """See ``Rank.forward``. Raises ``EngineFailed`` where a rank is gone or takes longer than the limit."""
+    def forward(
+        self,
+        batch: Sequence[SlotRows],
+        skip: frozenset[int] = frozenset(),
+        features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See ``Rank.forward``; there are no ``features`` here.
+
+        Raises ``EngineFailed`` where a rank is gone or takes longer than the limit.
+        """
         if not batch:
             return torch.empty((0, self.config.vocab_size))
         if self._broken:
@@ -121,7 +129,7 @@ class ShardedRank(Rank):
         self._in_step = True
         try:
             self._group.send(encode(Order(step, skip, self.kv.take_moves())))
-            logits = self.decoder.forward(step, self.kv, skip)
+            logits = self.decoder.forward(step, self.kv, skip, features)
         except RankLost as error:
             self._broken = describe(error, self.crew)
             raise EngineFailed(self._broken) from error

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from cluster.core import noise_native
 from cluster.core.accept import Accepted, accept
@@ -20,7 +21,7 @@ from cluster.core.token_tree import TokenTree
 from cluster.core.types import SamplingParams
 from cluster.core.warp import History
 from cluster.engine.kv_cache import SlotRows
-from cluster.engine.rank import Rank
+from cluster.engine.rank import Rank, Tip
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,8 @@ class Verifier:
         """
         start = time.perf_counter()
         batch = [_tree_rows(work) for work in verifies] + [_chain_rows(work) for work in prefills]
-        logits = self.rank.forward(batch)
-        rows = logits.numpy()
+        features = self._features(verifies)
+        rows = self.rank.forward(batch, features=features).numpy()
         if self._pause_s:
             time.sleep(self._pause_s)
         forwarded = time.perf_counter()
@@ -95,9 +96,19 @@ class Verifier:
             else:
                 first = len(work.lead)
                 self.rank.kv.commit(work.slot, [*range(first + 1), *(first + 1 + node for node in block.nodes)])
+                if self.rank.tips is not None and features is not None:
+                    last = at + 1 + block.nodes[-1] if block.nodes else at
+                    self.rank.tips[work.slot] = Tip(work.position + len(block.nodes) + 1, features[last])
                 results.append(block)
             at += size
         return results, StepTimes(forwarded - start, time.perf_counter() - forwarded)
+
+    def _features(self, verifies: Sequence[Verify]) -> torch.Tensor | None:
+        """Room for the hidden states of the rows that decide, where a drafter wants them."""
+        if self.rank.tips is None or not verifies:
+            return None
+        wanted = sum(len(work.tree) + 1 for work in verifies)
+        return torch.empty((wanted, self.rank.config.hidden_size), dtype=self.rank.decoder.kernels.dtype)
 
 
 def _tree_rows(work: Verify) -> SlotRows:

@@ -24,6 +24,7 @@ __all__ = [
     "eos_token_ids",
     "load_tokenizer",
     "load_weights",
+    "output_rows",
     "read_config",
     "resolve_model",
 ]
@@ -58,6 +59,17 @@ def load_weights(
     if missing:
         raise ConfigError(f"model: {folder}/*.safetensors lack {len(missing)} tensors, among them {missing[:3]}")
     return weights
+
+
+def output_rows(folder: Path, config: DecoderConfig, tokens: torch.Tensor) -> torch.Tensor:
+    """Rows ``tokens`` of the output head as stored: (n, hidden). Raises ``ConfigError`` where the head is missing."""
+    name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            if name in set(tensors.keys()):
+                rows: torch.Tensor = tensors.get_tensor(name)[tokens]
+                return rows
+    raise ConfigError(f"model: {folder}/*.safetensors lack {name}")
 
 
 def _expected_shapes(config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:

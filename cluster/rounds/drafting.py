@@ -44,6 +44,7 @@ class Drafting:
         self._local = local
         self._pipeline = pipeline
         self._asked: set[str] = set()  # sessions the local drafter was asked for in this round, by the gate's choice
+        self._remote: set[str] = set()  # sessions whose guesses of this round the remote stages made
         self._nodes_of_late: dict[str, float] = {}
         self._clock = clock
         self._expedition_s = -math.inf
@@ -89,6 +90,7 @@ class Drafting:
         found: dict[str, TokenTree] = {}
         if self._pipeline is not None and sessions:
             found = self._pipeline.collect(sessions, self._deadline(len(sessions), context))
+        self._remote = set(found)
         caps = {session.id: self.cap(session) for session in sessions}
         if self._local is not None:
             free = [s for s in sessions if s.id not in found and caps[s.id] > 0 and self._may_ask_local(s)]
@@ -98,8 +100,11 @@ class Drafting:
             for session in sessions
         ]
 
-    def verified(self, session: Session, nodes: int, accepted: int, price: float) -> None:
-        """Of a session's guesses so many were verified, and accepted; ``price``: tokens that their rows cost."""
+    def verified(self, session: Session, tree: TokenTree, accepted: int, price: float) -> None:
+        """Of a session's guesses ``tree`` was verified, and so much accepted; ``price``: tokens that its rows cost."""
+        nodes = len(tree)
+        if nodes and self._pipeline is not None and session.id in self._remote:
+            self._pipeline.verified(session.id, tree)
         if session.id in self._asked:
             self._governor.gate.observe(session.id, accepted - price)
             late = self._nodes_of_late.get(session.id, float(self._config.max_nodes))

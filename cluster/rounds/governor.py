@@ -6,6 +6,7 @@ nothing competes as an equal, and nothing is guessed where nothing pays.
 
 from __future__ import annotations
 
+import enum
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from cluster.core.config import EngineConfig
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import GovernorReport
 from cluster.engine.step_cost import STALE_FACTOR, CostCurve
+from cluster.rounds.buckets import Buckets
 from cluster.rounds.calibration import Calibration, Float64Array, Offers, lay_out
 from cluster.rounds.cost import LiveCost
 from cluster.rounds.gate import AskGate
@@ -24,6 +26,18 @@ from cluster.rounds.modes import MIXED, ModeChooser
 MARGIN = 1.01  # guessing must promise so much more than guessing nothing
 DRIFT_CHECK = 100  # steps of one width between two looks at how far the cost curve has drifted
 RECENT = 0.98  # of the expected and measured speeds reported is left after a round
+NODES = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0, 192.0, 256.0)
+
+
+class Choice(enum.StrEnum):
+    """Why a step has so many nodes."""
+
+    NOTHING_OFFERED = "nothing_offered"  # no drafter has a guess, or none was asked
+    NOTHING_PAYS = "nothing_pays"
+    BEST_PAY = "best_pay"  # more of them would cost more than they bring
+    ALL_PAY = "all_pay"
+    NO_ROOM = "no_room"  # all that fits into a step beside prompts and roots
+    ALWAYS = "always"  # by configuration, whether they pay or not
 
 
 def choose_nodes(scores: Sequence[Float64Array], seconds: Float64Array, plain: float | None = None) -> list[int]:
@@ -95,6 +109,8 @@ class Governor:
         self.modes = ModeChooser()
         self.gate = AskGate()
         self.rows: Counter[int] = Counter()
+        self.choices: Counter[Choice] = Counter()
+        self.nodes = Buckets(NODES)
         self.on_drift: Callable[[], None] | None = None  # called once where the curve measured at start is far off
         self._config = config
         self._offers: Offers | None = None  # what the round under way was offered, and how many tokens it should yield
@@ -122,15 +138,19 @@ class Governor:
             return []
         room = max(0, self._config.max_rows - len(trees) - prompt_rows)
         if not any(map(len, trees)):
+            self.choices[Choice.NOTHING_OFFERED] += 1
             return list(trees)
         self._offers = lay_out(names, trees)
         if self.always:
+            self.choices[Choice.ALWAYS] += 1
             return [tree.prune(room // len(trees)) for tree in trees]
         scores = self.calibration.scores(self._offers)
-        most = min(room, len(self._offers.parents))
+        offered = len(self._offers.parents)
+        most = min(room, offered)
         seconds = self._seconds(len(trees) + prompt_rows, most + 1, context)
         plain = self.cost.at(len(trees), context) + self.cost.overhead
         counts = choose_nodes(scores, seconds, plain)
+        self.choices[_why(sum(counts), offered, room)] += 1
         pruned = [best_nodes(tree, path, count) for tree, path, count in zip(trees, scores, counts)]
         self._expected += sum(expected for _, expected in pruned)
         return [tree for tree, _ in pruned]
@@ -157,6 +177,7 @@ class Governor:
         context = shape.context
         if shape.sessions:
             self.rows[shape.sessions + shape.nodes] += 1
+            self.nodes.observe(shape.nodes)
         if shape.sessions and not shape.prompt_rows:
             expected_s = self.cost.at(shape.rows, context) + self.cost.overhead + spent.draft
             self._recent = RECENT * self._recent + (self._expected, expected_s, tokens, spent.total)
@@ -187,6 +208,8 @@ class Governor:
             expected_tokens_per_s=self.expected_tokens_per_s,
             measured_tokens_per_s=self.measured_tokens_per_s,
             drift=self.cost.drift,
+            nodes=self.nodes.snapshot(),
+            choices={str(choice): count for choice, count in self.choices.copy().items()},
         )
 
     @property
@@ -199,3 +222,11 @@ class Governor:
 
     def _seconds(self, first: int, count: int, context: float) -> Float64Array:
         return self.cost.span(first, count, context) + self.cost.overhead
+
+
+def _why(chosen: int, offered: int, room: int) -> Choice:
+    if not chosen:
+        return Choice.NOTHING_PAYS if room else Choice.NO_ROOM
+    if chosen == offered:
+        return Choice.ALL_PAY
+    return Choice.NO_ROOM if chosen == room else Choice.BEST_PAY

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import bisect
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 
-from cluster.core.token_tree import TokenTree
-from cluster.core.types import EngineStats, Histogram, Origin, StreamItem
+from cluster.core.token_tree import MAX_NODES, TokenTree
+from cluster.core.types import EngineStats, Origin, StreamItem
+from cluster.rounds.buckets import Buckets
 from cluster.rounds.session import Session
 
 FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
 BETWEEN_TOKENS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
 REQUEST_S = (0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0)
-
-
-class _Buckets:
-    """A histogram that is being filled."""
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._total = 0.0
-
-    def observe(self, value: float) -> None:
-        self._counts[bisect.bisect_left(self._bounds, value)] += 1
-        self._total += value
-
-    def snapshot(self) -> Histogram:
-        return Histogram(self._bounds, tuple(self._counts), self._total)
 
 
 class Meter:
@@ -40,11 +25,12 @@ class Meter:
         self._drafts = self._preemptions = 0
         self._drafted = [0] * len(Origin)
         self._accepted = [0] * len(Origin)
+        self._paths = [0] * (MAX_NODES + 1)  # trees by number of accepted nodes
         self._finished: Counter[str] = Counter()
-        self._first_token = _Buckets(FIRST_TOKEN_S)
-        self._between_tokens = _Buckets(BETWEEN_TOKENS_S)
-        self._request = _Buckets(REQUEST_S)
-        self._queue = _Buckets(REQUEST_S)
+        self._first_token = Buckets(FIRST_TOKEN_S)
+        self._between_tokens = Buckets(BETWEEN_TOKENS_S)
+        self._request = Buckets(REQUEST_S)
+        self._queue = Buckets(REQUEST_S)
 
     def admitted(self, session: Session, now: float) -> None:
         if session.num_admitted == 1:
@@ -60,6 +46,7 @@ class Meter:
         """A session's tree, and which of its nodes were accepted."""
         if len(tree):
             self._drafts += 1
+            self._paths[len(nodes)] += 1
             for stage in tree.stages.tolist():
                 self._drafted[stage] += 1
             for node in nodes:
@@ -92,8 +79,15 @@ class Meter:
             inter_token_latency=self._between_tokens.snapshot(),
             request_latency=self._request.snapshot(),
             queue_time=self._queue.snapshot(),
+            accepted_per_pos=_per_position(self._paths),
         )
 
 
 def _by_stage(counts: list[int]) -> dict[str, int]:
     return {stage.name.lower(): counts[stage] for stage in (Origin.SMALL, Origin.MEDIUM)}
+
+
+def _per_position(paths: Sequence[int]) -> tuple[int, ...]:
+    """Trees of which more than i nodes were accepted, up to the longest path so far; ``paths[n]`` had exactly n."""
+    reached = list(itertools.accumulate(reversed(paths[1:])))[::-1]
+    return tuple(itertools.takewhile(bool, reached))

@@ -14,24 +14,23 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.core.errors import InvalidTree
 from cluster.core.token_tree import MAX_NODES, TokenTree
-from cluster.core.types import Commit, TreeKey
+from cluster.core.types import Commit, Origin, StageStats
 from cluster.rounds.messages import DraftAsk, DraftReply, SessionStart
 from cluster.rounds.session import Session
+from cluster.rounds.session_drafts import Counts, Draft, SessionDrafts, count_nodes
+from cluster.rounds.stage_record import StageRecord
 
 log = logging.getLogger(__name__)
 
-MISSES_TO_OPEN = 2  # a stage that misses this many deadlines in a row is left out ...
-PROBE_INTERVAL_S = 1.0  # ... and asked again this often, without anyone waiting for it
+PROBE_INTERVAL_S = 1.0  # a stage that is left out is asked again this often, without anyone waiting for it
 START_INTERVAL_S = 1.0  # a stage is sent a session's start this often at most
 MAX_DEPTH = 32
-WORTH_TAKING = 0.25  # accepted nodes that a tree from the cache must promise; else the round waits for a fresh one
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,76 +74,6 @@ class DraftTransport(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class _StageHealth:
-    """Circuit breaker of one stage. Open after consecutive misses; a probe answered in time closes it."""
-
-    misses_in_a_row: int = 0
-    last_probe: float = -math.inf
-
-    @property
-    def open(self) -> bool:
-        return self.misses_in_a_row >= MISSES_TO_OPEN
-
-    def answered(self) -> None:
-        """In time. Only a probe closes an open breaker."""
-        if not self.open:
-            self.misses_in_a_row = 0
-
-
-@dataclass(slots=True)
-class _Asked:
-    """What is known of one session: what each stage holds, what was asked, what came.
-
-    ``held``: length each stage's worker acknowledged. ``started``: when a stage was last sent the session's start.
-    ``chain``, ``heard``, ``trees``: stages of the ask under way, those that answered it, and with what; ``asked_s``:
-    when it was sent. ``leased``: whether workers were asked for. ``newest``: the last tree that came, in time or not;
-    ``cached``: what the latest tokens have left of it.
-    """
-
-    session: Session
-    held: dict[str, int] = field(default_factory=dict)
-    started: dict[str, float] = field(default_factory=dict)
-    leased: bool = False
-    asked_s: float = -math.inf
-    waiting_for: TreeKey | None = None
-    chain: tuple[str, ...] = ()
-    heard: set[str] = field(default_factory=set)
-    trees: dict[str, TokenTree] = field(default_factory=dict)
-    failed: bool = False
-    newest: TokenTree | None = None
-    cached: TokenTree | None = None
-
-    @property
-    def waiting(self) -> bool:
-        there = self.cached is not None or self.failed
-        return self.waiting_for is not None and not there and self.chain[-1] not in self.heard
-
-    def clear(self) -> None:
-        self.waiting_for, self.chain, self.failed, self.cached = None, (), False, None
-        self.heard, self.trees = set(), {}
-
-    def best_tree(self) -> TokenTree | None:
-        """The tree of the last stage that sent one, or else the cached one, if it hangs on the present state."""
-        tree = next((self.trees[stage] for stage in reversed(self.chain) if stage in self.trees), self.cached)
-        return tree if tree is not None and tree.key == self.session.key else None
-
-    def look_up(self) -> None:
-        """Walk the tokens since the newest tree's state into that tree."""
-        if self.newest is not None and self.newest.key is not None:
-            tree = self.newest.after(self.session.tokens[self.newest.key.base :])
-            if float(tree.scores.sum()) >= WORTH_TAKING:
-                self.cached = tree.with_key(self.session.key)
-
-    def keep(self, tree: TokenTree) -> None:
-        """For later look-ups, unless it is of an older state than the one there, or of none of this session's."""
-        key, present = tree.key, self.session.key
-        if key is None or key.epoch != present.epoch or key.base > present.base:
-            return
-        if self.newest is None or self.newest.key is None or key.base >= self.newest.key.base:
-            self.newest = tree
-
-
 class Pipeline:
     """Drafting stages of one target, in chain order, over any transport.
 
@@ -162,9 +91,6 @@ class Pipeline:
     ) -> None:
         """``max_nodes``: of a tree that a round may want; stages are asked for ``run_ahead`` more."""
         self.stages = tuple(stages)
-        self.misses: Counter[str] = Counter({stage: 0 for stage in stages})
-        self.late = 0
-        self.refused = 0
         self.wanted = 0  # rounds of a session for which its stages were asked ...
         self.cached = 0  # ... and in which the cache had its tree already
         self.missing = 0  # ... or in which no tree came in time
@@ -174,15 +100,17 @@ class Pipeline:
         self._run_ahead = run_ahead
         self._most_nodes = min(max_nodes + run_ahead, MAX_NODES)
         self._clock = clock
-        self._health = {stage: _StageHealth() for stage in stages}
+        self._records = {stage: StageRecord(stage) for stage in stages}
+        names = {origin: origin.name.lower() for origin in Origin}
+        self._guessers = [(origin, self._records[name]) for origin, name in names.items() if name in self._records]
         self._patience = math.inf  # the present deadline: how long a probe may take
-        self._sessions: dict[str, _Asked] = {}
+        self._sessions: dict[str, SessionDrafts] = {}
         self._arrived = threading.Condition()
 
     def open(self, session: Session, stages: Sequence[str]) -> None:
         """Announce a session; leases for those of ``stages`` that are there are opened in the background."""
         with self._arrived:
-            self._sessions[session.id] = _Asked(session)
+            self._sessions[session.id] = SessionDrafts(session)
         if stages:
             self.lease(session.id, stages)
 
@@ -197,8 +125,11 @@ class Pipeline:
         """Let the session's workers go. Those that follow it are told the rest of its text first."""
         with self._arrived:
             known = self._sessions.pop(session_id, None)
-            followers = [stage for stage in known.held if self._usable(session_id, stage, None)] if known else []
-        if known is not None and known.leased:
+            if known is None:
+                return
+            followers = [s for s in self.stages if s in known.held and self._usable(session_id, s, None)]
+            self._waste(known.unverified())
+        if known.leased:
             rest = [ChainAsk(session_id, {stage: _ask(known, stage, 0)}) for stage in followers]
             if rest:
                 self._transport.draft(rest, self._deliver, self._failed)
@@ -208,19 +139,34 @@ class Pipeline:
     def num_sessions(self) -> int:
         return len(self._sessions)
 
+    @property
+    def misses(self) -> dict[str, int]:
+        """Deadlines missed, by stage."""
+        return {stage: record.misses for stage, record in self._records.items()}
+
+    @property
+    def late(self) -> int:
+        """Trees that came when their round had begun without them."""
+        return sum(record.late for record in self._records.values())
+
+    def stats(self) -> dict[str, StageStats]:
+        """By stage; from any thread."""
+        with self._arrived:
+            return {stage: record.snapshot() for stage, record in self._records.items()}
+
     def leases(self) -> dict[str, int]:
         return self._transport.leases()
 
     def reachable(self, session_ids: Iterable[str]) -> bool:
         """Whether any of these sessions has a worker of a stage that is in use."""
-        used = [stage for stage, health in self._health.items() if not health.open]
+        used = [stage for stage, record in self._records.items() if not record.open]
         return any(self._transport.ready(session_id, stage) for session_id in session_ids for stage in used)
 
     def follows(self, session_ids: Iterable[str]) -> bool:
         """Whether each of these sessions is held by a worker of a stage that is in use."""
         with self._arrived:
             known = [self._sessions.get(session_id) for session_id in session_ids]
-            return all(one is not None and any(not self._health[s].open for s in one.held) for one in known)
+            return all(one is not None and any(not self._records[s].open for s in one.held) for one in known)
 
     def ask(self, wishes: Sequence[tuple[Session, Sequence[str], int]]) -> set[str]:
         """Ask for trees on the sessions' present state: (session, stages, max nodes). Returns at once.
@@ -237,6 +183,7 @@ class Pipeline:
                 if known is None:
                     continue
                 known.clear()
+                known.present = session.key
                 usable = [s for s in self.stages if s in stages and self._usable(session.id, s, probe)]
                 starts = [stage for stage in usable if self._needs_start(known, stage)]
                 chains += [ChainAsk(session.id, {stage: self._start(known, stage)}) for stage in starts]
@@ -250,7 +197,7 @@ class Pipeline:
                         known.chain, known.waiting_for, known.asked_s = tuple(chain), session.key, self._clock()
                         under_way.add(session.id)
             if probe is not None and any(probe in chain.asks for chain in chains):
-                self._health[probe].last_probe = self._clock()
+                self._records[probe].last_probe = self._clock()
         if chains:
             self._transport.draft(chains, self._deliver, self._failed)
         return under_way
@@ -277,34 +224,43 @@ class Pipeline:
                     break
             late = {next(stage for stage in k.chain if stage not in k.heard) for k in mine if k.waiting}
             in_time = {stage for known in mine for stage in known.heard.intersection(known.chain)}
+            now = self._clock()
             for stage in late:
-                self._missed(stage)
+                self._records[stage].missed(now)
             for stage in in_time - late:
-                self._health[stage].answered()
-            trees = {known.session.id: tree for known in mine if (tree := known.best_tree()) is not None}
+                self._records[stage].in_time()
+            drafts = {known.session.id: draft for known in mine if (draft := known.best()) is not None}
+            for draft in drafts.values():
+                self._records[draft.stage].used(now - draft.arrived_s)
             self.wanted += len(asked)
             self.cached += sum(known.cached is not None for known in asked)
-            self.missing += sum(known.session.id not in trees for known in asked)
+            self.missing += sum(known.session.id not in drafts for known in asked)
             for known in mine:
                 known.clear()
-            return trees
+            return {session_id: draft.tree for session_id, draft in drafts.items()}
+
+    def verified(self, session_id: str, tree: TokenTree) -> None:
+        """A step verified ``tree``, which is what the governor left of the one collected for the session."""
+        with self._arrived:
+            if known := self._sessions.get(session_id):
+                known.verified += count_nodes(tree)
 
     # --- what to send
 
     def _usable(self, session_id: str, stage: str, probe: str | None) -> bool:
-        return (not self._health[stage].open or stage == probe) and self._transport.ready(session_id, stage)
+        return (not self._records[stage].open or stage == probe) and self._transport.ready(session_id, stage)
 
     def _due_probe(self) -> str | None:
         """At most one stage at a time, so that a broken stage is never probed through another broken one."""
-        broken = [stage for stage, health in self._health.items() if health.open]
-        if not broken or self._clock() - max(self._health[stage].last_probe for stage in broken) < PROBE_INTERVAL_S:
+        broken = [stage for stage, record in self._records.items() if record.open]
+        if not broken or self._clock() - max(self._records[stage].last_probe for stage in broken) < PROBE_INTERVAL_S:
             return None
-        return min(broken, key=lambda stage: self._health[stage].last_probe)
+        return min(broken, key=lambda stage: self._records[stage].last_probe)
 
-    def _needs_start(self, known: _Asked, stage: str) -> bool:
+    def _needs_start(self, known: SessionDrafts, stage: str) -> bool:
         return stage not in known.held and self._clock() - known.started.get(stage, -math.inf) >= START_INTERVAL_S
 
-    def _start(self, known: _Asked, stage: str) -> DraftAsk:
+    def _start(self, known: SessionDrafts, stage: str) -> DraftAsk:
         session = known.session
         known.started[stage] = self._clock()
         start = SessionStart(tuple(session.tokens), session.prompt_len, session.params, session.request.owner)
@@ -312,18 +268,10 @@ class Pipeline:
 
     # --- what comes back: any thread, any order, any number of times
 
-    def _missed(self, stage: str) -> None:
-        self.misses[stage] += 1
-        health = self._health[stage]
-        health.misses_in_a_row += 1
-        if health.misses_in_a_row == MISSES_TO_OPEN:
-            health.last_probe = self._clock()
-            log.warning("stage %s missed %d deadlines: left out until a probe succeeds", stage, MISSES_TO_OPEN)
-
     def _failed(self, stage: str, session_ids: Sequence[str]) -> None:
         """A call failed outright (its worker died, say): nobody needs to wait for the deadline."""
         with self._arrived:
-            self._missed(stage)
+            self._records[stage].missed(self._clock())
             for session_id in session_ids:
                 if known := self._sessions.get(session_id):
                     known.failed = stage in known.chain
@@ -331,15 +279,14 @@ class Pipeline:
 
     def _deliver(self, reply: DraftReply) -> None:
         """One stage's answer: the last of ``reply.reports`` is its own."""
-        if not reply.reports or reply.reports[-1].stage not in self._health:
+        if not reply.reports or reply.reports[-1].stage not in self._records:
             return
         report = reply.reports[-1]
         with self._arrived:
             self.worker_pids[report.stage] = report.pid
-            health = self._health[report.stage]
-            if health.open and not report.resync and self._clock() - health.last_probe <= self._patience:
-                log.info("stage %s answered a probe: it is asked again", report.stage)
-                health.misses_in_a_row = 0
+            self._records[report.stage].answered(report.seconds)
+            if not report.resync:
+                self._records[report.stage].answered_probe(self._clock(), self._patience)
             for session_id, length in report.held.items():
                 known = self._sessions.get(session_id)
                 if known and length <= known.session.base:  # more than was ever sent is rubbish
@@ -355,27 +302,37 @@ class Pipeline:
             self._arrived.notify_all()
 
     def _receive(self, session_id: str, stage: str, tree: TokenTree) -> None:
-        known = self._sessions.get(session_id)
+        known, record, now = self._sessions.get(session_id), self._records[stage], self._clock()
         in_time = known is not None and tree.key is not None and known.waiting_for == tree.key
-        self.late += not in_time
-        if known is None:
-            return
-        if in_time:
+        if known is not None and in_time:
             known.heard.add(stage)
         try:
             tree.check(self._vocab_size, self._most_nodes)
+            if known is not None and not known.knows(tree.key):
+                raise InvalidTree("it hangs on no state of the session")
         except InvalidTree as error:
-            self.refused += 1
+            record.refused += 1
             log.warning("a tree for session %s is refused: %s", session_id, error)
             return
-        known.keep(tree)
+        if known is None:  # the session has ended
+            record.late += 1
+            self._waste(count_nodes(tree))
+            return
+        draft = Draft(tree, stage, now)
+        self._waste(known.keep(draft))
         if in_time:
-            known.trees[stage] = tree
-        elif tree.key == known.session.key and self._clock() - known.asked_s <= self._patience:
-            self._health[stage].answered()  # in time, only that nobody had to wait for it
+            known.trees[stage] = draft
+        elif tree.key == known.session.key and now - known.asked_s <= self._patience:
+            record.in_time()  # only that nobody had to wait for it
+        else:
+            record.late += 1
+
+    def _waste(self, nodes: Counts) -> None:
+        for origin, record in self._guessers:
+            record.wasted += int(nodes[origin])
 
 
-def _ask(known: _Asked, stage: str, max_nodes: int) -> DraftAsk:
+def _ask(known: SessionDrafts, stage: str, max_nodes: int) -> DraftAsk:
     """Everything since the length that stage's worker acknowledged."""
     session, held = known.session, known.held[stage]
     commit = Commit(session.key, held, tuple(session.tokens[held:]))

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cluster.core.accept import Accepted
 from cluster.core.config import EngineConfig
@@ -27,7 +28,11 @@ from cluster.rounds.meter import Meter
 from cluster.rounds.modes import MIXED
 from cluster.rounds.pipeline import Pipeline
 from cluster.rounds.session import Phase, Session
+from cluster.rounds.study import StudyTime
 from drafters.base import Drafter
+
+if TYPE_CHECKING:
+    from cluster.rounds.tracing import RoundTracer
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +69,7 @@ class Scheduler:
         pipeline: Pipeline | None = None,
         slots: dict[str, int] | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        tracer: RoundTracer | None = None,
     ) -> None:
         """``slots`` is kept as the map from running session to KV slot, for drafters that work on the target's KV."""
         self._config = config
@@ -78,8 +84,10 @@ class Scheduler:
         self._prefilled: dict[str, int] = {}
         self._prefixes = PrefixCache()
         self._slots = {} if slots is None else slots
+        self._tracer = tracer
         self.meter = Meter()
         self.times = RoundTimes()
+        self.study_time = StudyTime(local)
         self.last_choice = ""
 
     # --- sessions come and go
@@ -97,6 +105,8 @@ class Scheduler:
         if session.request.epoch == 0 and waiting >= self._config.max_waiting + self._kv.num_free:
             raise Overloaded(f"{waiting} requests wait already, at most {self._config.max_waiting}")
         self._waiting.add(session)
+        if self._tracer is not None:
+            self._tracer.arrived(session)
         return None
 
     def abort(self, session: Session) -> None:
@@ -108,6 +118,8 @@ class Scheduler:
         if session.finish_reason is None:
             session.finish_reason = FinishReason.ABORT
             self.meter.finished(session, FinishReason.ABORT, self._clock())
+            if self._tracer is not None:
+                self._tracer.ended(session)
         session.phase = Phase.FINISHED
 
     def preempt(self, session: Session) -> None:
@@ -115,6 +127,8 @@ class Scheduler:
         self._vacate(session, Phase.WAITING)
         self._waiting.add(session)
         self.meter.preempted()
+        if self._tracer is not None:
+            self._tracer.preempted(session)
 
     def report(self) -> GovernorReport:
         """What the governor chooses; from any thread."""
@@ -136,6 +150,10 @@ class Scheduler:
     def unread(self) -> int:
         """Prompt tokens of running sessions that no step has read yet."""
         return sum(s.base - self._prefilled[s.id] for s in self._running if s.phase is Phase.PREFILL)
+
+    def study(self) -> bool:
+        """Between rounds: let a local drafter that learns do so, where it is time. False: not now, or nothing to do."""
+        return self.study_time.step(self.idle)
 
     # --- the round
 
@@ -176,7 +194,10 @@ class Scheduler:
         outcomes, commits = self._commit(decoding, trees, blocks)
         self._drafting.ask(commits)
         total = time.perf_counter() - start
-        self._account(mode, shape, RoundSpent(drafted - start, spent.forward, spent.accept, total), outcomes)
+        parts = RoundSpent(drafted - start, spent.forward, spent.accept, total)
+        self._account(mode, shape, parts, outcomes)
+        if self._tracer is not None:
+            self._tracer.round(mode, parts, zip(decoding, trees, blocks))
         return outcomes
 
     def _admit(self) -> None:
@@ -203,7 +224,10 @@ class Scheduler:
         self._slots[session.id] = place.slot
         self._prefilled[session.id] = place.length
         self._running.append(session)
-        self.meter.admitted(session, self._clock())
+        now = self._clock()
+        self.meter.admitted(session, now)
+        if self._tracer is not None:
+            self._tracer.admitted(session, now - session.arrived_s)
         self._drafting.begin(session)
 
     def _place(self, session: Session) -> Placement:
@@ -239,7 +263,7 @@ class Scheduler:
         self.governor.learn([block.tokens if isinstance(block, Accepted) else None for block in blocks])
         for session, tree, block in zip(decoding, trees, blocks):
             if isinstance(block, Accepted):
-                self._drafting.verified(session, len(tree), len(block.nodes), price * len(tree))
+                self._drafting.verified(session, tree, len(block.nodes), price * len(tree))
                 self.meter.verified(tree, block.nodes)
 
     def _commit(
@@ -296,6 +320,7 @@ class Scheduler:
         times.accept += spent.accept
         times.other += spent.total - spent.draft - spent.forward - spent.accept
         times.steps += 1
+        self.study_time.earn(spent.total)
         decoded = [outcome for outcome in outcomes if outcome.item is not None]
         tokens = sum(len(outcome.item.token_ids) for outcome in decoded if outcome.item)
         chosen = mode != MIXED and all(engine_chooses(outcome.session) for outcome in decoded)

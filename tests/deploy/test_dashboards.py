@@ -11,29 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
-from prometheus_client.parser import text_string_to_metric_families
-
-from cluster.core.types import EngineStats, GovernorReport, Histogram, Load
-from deployments.metrics import render
 
 DASHBOARDS = Path(__file__).resolve().parents[2] / "deployments" / "dashboards"
-BY_STAGE = {"small": 1, "medium": 1}
 SCRAPE_LABELS = {"job", "le"}
-
-
-@pytest.fixture(scope="module")
-def exported() -> dict[str, set[str]]:
-    """Every metric that a busy service exports, by the name a query uses, with its labels."""
-    seconds = Histogram((0.1,), (1, 0), 0.05)
-    stats = EngineStats(1, 1, 1, 1, 1, 1, BY_STAGE, BY_STAGE, {"stop": 1}, seconds, seconds, seconds, seconds)
-    governor = GovernorReport("local", {"local": 1.0}, {1: 1}, 1.0, 1.0, 1.0)
-    load = Load(1, 1, 1, 8, drafter_sessions=BY_STAGE, deadline_misses=BY_STAGE, stats=stats, governor=governor)
-    text, _ = render("model", [("replica", load)])
-    names: dict[str, set[str]] = {"up": set()}
-    for family in text_string_to_metric_families(text.decode()):
-        for sample in family.samples:
-            names.setdefault(sample.name, set()).update(sample.labels)
-    return names
 
 
 def dashboard() -> dict[str, Any]:
@@ -129,6 +109,8 @@ QUIET = {
     f"vllm:spec_decode_num_drafts_total{{{ENGINE}}}": "0+600x60",
     f"vllm:spec_decode_num_accepted_tokens_total{{{ENGINE}}}": "0+700x60",
     f'paceline:deadline_misses_total{{{ENGINE}, stage="medium"}}': "0+10x60",
+    f'paceline:breaker_open{{{ENGINE}, stage="medium"}}': "0x8 1x3 0x49",  # a probe closes it after three minutes
+    f'paceline:refused_trees_total{{{ENGINE}, stage="medium"}}': "2x60",
     f'paceline:steps_total{{{ENGINE}, rows="1"}}': "0+300x60",
     f'paceline:steps_total{{{ENGINE}, rows="4"}}': "0+300x60",
 }
@@ -137,6 +119,8 @@ TROUBLE = {
     "PacelineQueueGrows": {f"vllm:num_requests_waiting{{{ENGINE}}}": "0+2x60"},
     "PacelineGuessesAreWrong": {f"vllm:spec_decode_num_accepted_tokens_total{{{ENGINE}}}": "0+30x60"},
     "PacelineDraftersAreLate": {f'paceline:deadline_misses_total{{{ENGINE}, stage="medium"}}': "0+60x60"},
+    "PacelineStageIsLeftOut": {f'paceline:breaker_open{{{ENGINE}, stage="medium"}}': "0x30 1x30"},
+    "PacelineTreesAreRefused": {f'paceline:refused_trees_total{{{ENGINE}, stage="medium"}}': "2x40 3x20"},
 }
 
 

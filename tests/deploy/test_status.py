@@ -28,7 +28,18 @@ LOAD = pb.ReplicaLoad(
     drafts_missing=10,
     last_choice="local: 4 rows",
     stats=pb.EngineStats(drafts=100, drafted={"small": 400, "medium": 0}, accepted={"small": 120, "medium": 0}),
-    governor=pb.GovernorReport(expected_tokens_per_s=120.0, measured_tokens_per_s=110.0),
+    governor=pb.GovernorReport(
+        expected_tokens_per_s=120.0,
+        measured_tokens_per_s=110.0,
+        nodes=pb.Histogram(bounds=[0.0, 4.0], counts=[10, 30, 0], total=90.0),
+        choices={"nothing_pays": 10, "best_pay": 30},
+    ),
+    stages={
+        "small": pb.StageStats(),
+        "medium": pb.StageStats(
+            breaker_open=True, breaker_openings=2, answers=100, busy_s=1.25, late_trees=9, wasted_nodes=1200
+        ),
+    },
 )
 
 
@@ -84,8 +95,12 @@ def test_replicas_sessions_acceptance_and_the_governors_choice_are_shown(
         "  sessions    leased from medium 2, small 3",
         "  acceptance  2.20 tokens a round with a tree; accepted: small 30% of 400 nodes",
         "  remote      200 rounds wanted a tree: 25% found it ready, 5% got none",
-        "  late        medium 7, small 0",
+        "  medium      LEFT OUT until a probe succeeds (breaker open); 100 answers of 12.5 ms, 7 deadlines missed, "
+        "breaker opened 2 times; trees: 9 late, 0 refused; 1,200 nodes wasted",
+        "  small       in use; 0 answers, 0 deadlines missed, breaker opened 0 times; "
+        "trees: 0 late, 0 refused; 0 nodes wasted",
         "  governor    local: 4 rows",
+        "  nodes       2.2 verified a step (best pay 75%, nothing pays 25%)",
         "  speed       110 tokens/s of late where 120 were expected",
     ]
 

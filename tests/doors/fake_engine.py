@@ -27,6 +27,7 @@ from cluster.core.types import (
     ModelInfo,
     Origin,
     SpeculationStats,
+    StageStats,
     StreamItem,
 )
 
@@ -46,7 +47,7 @@ class Mode(enum.IntEnum):
     FAIL_STEP = 7  # each engine fails on it
     LATE_BUG = 8  # as BUG, after the first item
     REFUSE = 9
-    ECHO = 10  # refuses, and says which priority, salt and owner it was asked with
+    ECHO = 10  # refuses, and says which priority, salt, owner and trace it was asked with
 
 
 def output_token(request: GenerateRequest, position: int) -> int:
@@ -97,6 +98,7 @@ class FakeEngine:
             raise InvalidArgument("speculation.max_nodes", "the engine refuses it")
         if mode == Mode.ECHO:
             said = f"priority {request.priority}, salt {request.cache_salt!r}, owner {request.owner!r}"
+            said += f", trace {request.trace_parent!r}"
             raise InvalidArgument("prompt", said)
 
     async def _items(self, request: GenerateRequest, pause_s: float) -> AsyncGenerator[StreamItem, None]:
@@ -159,8 +161,19 @@ class FakeEngine:
                 drafted={"small": 5, "medium": 3},
                 finished={"stop": 2},
                 time_to_first_token=Histogram((0.1, 1.0), (3, 0, 1), 5.5),
+                accepted_per_pos=(4, 1),
             ),
-            governor=GovernorReport("local", {"local": 1.5, "plain": 0.9}, {1: 7, 4: 2}, 120.0, 110.0, 1.1),
+            governor=GovernorReport(
+                "local",
+                {"local": 1.5, "plain": 0.9},
+                {1: 7, 4: 2},
+                120.0,
+                110.0,
+                1.1,
+                Histogram((0.0, 4.0), (7, 2, 0), 6.0),
+                {"all_pay": 2, "nothing_offered": 7},
+            ),
+            stages={"medium": StageStats(True, 1, 20, 0.5, 3, 2, 40, Histogram((0.01,), (17, 3), 0.2))},
         )
 
     def health(self) -> Health:

@@ -107,17 +107,23 @@ def test_load_names_each_replica_and_its_process(doors: Doors) -> None:
     assert replica.governor.mode == "local"
     assert dict(replica.governor.rows) == {1: 7, 4: 2}
     assert replica.governor.expected_tokens_per_s == 120.0
+    assert dict(replica.governor.choices) == {"all_pay": 2, "nothing_offered": 7}
+    assert (list(replica.governor.nodes.counts), replica.governor.nodes.total) == ([7, 2, 0], 6.0)
+    assert list(replica.stats.accepted_per_pos) == [4, 1]
+    medium = replica.stages["medium"]
+    assert (medium.breaker_open, medium.late_trees, medium.refused_trees, medium.wasted_nodes) == (True, 3, 2, 40)
+    assert list(medium.draft_age.counts) == [17, 3]
 
 
-def test_priority_salt_and_owner_reach_the_engine(doors: Doors) -> None:
+def test_priority_salt_owner_and_trace_reach_the_engine(doors: Doors) -> None:
     request = pb.GenerateRequest(
         prompt_token_ids=pb.TokenIds(ids=[Mode.ECHO]),
         priority=-3,
         cache_salt="mine",
         sampling_params=pb.SamplingParams(),
     )
-    key = (("authorization", "Bearer secret"),)
-    said = f"priority -3, salt 'mine', owner '{owner_of('Bearer secret', 'mine')}'"
+    key = (("authorization", "Bearer secret"), ("traceparent", "00-ab-cd-01"))
+    said = f"priority -3, salt 'mine', owner '{owner_of('Bearer secret', 'mine')}', trace '00-ab-cd-01'"
     for call in (doors.stub.Generate, lambda *args, **kwargs: list(doors.stub.GenerateStream(*args, **kwargs))):
         with pytest.raises(grpc.RpcError, match=said):
             call(request, metadata=key)

@@ -74,12 +74,13 @@ def test_stream_chunks_join_to_the_whole_answer_and_only_the_first_has_the_seed(
     assert not any("usage" in chunk for chunk in chunks)
 
 
-def test_priority_salt_and_owner_reach_the_engine(doors: Doors) -> None:
+def test_priority_salt_owner_and_trace_reach_the_engine(doors: Doors) -> None:
     body = {"prompt": [int(Mode.ECHO)], "priority": 7, "cache_salt": "mine"}
-    answer = doors.http.post("/v1/completions", json=body, headers={"Authorization": "Bearer secret"})
+    headers = {"Authorization": "Bearer secret", "traceparent": "00-ab-cd-01"}
+    answer = doors.http.post("/v1/completions", json=body, headers=headers)
     owner = owner_of("Bearer secret", "mine")
-    assert answer.json()["error"]["message"] == f"prompt: priority 7, salt 'mine', owner {owner!r}"
-    assert post(doors, prompt=[int(Mode.ECHO)]).json()["error"]["message"].endswith("owner ''")
+    assert answer.json()["error"]["message"] == f"prompt: priority 7, salt 'mine', owner {owner!r}, trace '00-ab-cd-01'"
+    assert post(doors, prompt=[int(Mode.ECHO)]).json()["error"]["message"].endswith("owner '', trace ''")
 
 
 def test_metrics_are_vllms_by_name_where_it_has_them(doors: Doors) -> None:
@@ -105,6 +106,14 @@ def test_metrics_are_vllms_by_name_where_it_has_them(doors: Doors) -> None:
     assert values["vllm:time_to_first_token_seconds_sum",] == 5.5
     assert values["paceline:steps_total", "4"] == 2
     assert values["paceline:mode", "local"] == 1
+    per_position = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+    assert [values[per_position, position] for position in ("0", "1")] == [4, 1]
+    assert values["paceline:breaker_open", "medium"] == 1
+    assert values["paceline:wasted_tokens_total", "medium"] == 40
+    assert values["paceline:drafter_busy_seconds_total", "medium"] == 0.5
+    assert [values["paceline:draft_age_seconds_bucket", bound, "medium"] for bound in ("0.01", "+Inf")] == [17, 20]
+    assert values["paceline:node_choices_total", "all_pay"] == 2
+    assert values["paceline:nodes_per_step_sum",] == 6.0
 
 
 def test_include_usage_adds_one_chunk_without_choices(doors: Doors) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import pytest
 from tiny_models import GREEDY, SAMPLED, VOCAB, continuation, random_tokens, tiny_rank
 
@@ -12,6 +13,7 @@ from cluster.core.token_tree import TokenTree
 from cluster.core.types import Origin, SamplingParams
 from drafters.base import Ask
 from drafters.draft_model import ModelDrafter, OwnSlots
+from drafters.growth import ROOT, Growth
 from drafters.options import GrowthOptions, SssdOptions
 from drafters.sssd import SssdDrafter
 from drafters.staged import StagedDrafter, fill_in
@@ -158,3 +160,12 @@ def test_small_learns_whose_session_it_is() -> None:
     small = ScriptedSmall(lambda ask: TokenTree.empty())
     StagedDrafter(small, medium()).begin("s", [1, 2, 3], GREEDY, 3, "me")
     assert small.owners == ["me"]
+
+
+@pytest.mark.parametrize(("keeps", "expected"), [(True, {1: 0.9, 2: 0.8, 5: 0.6}), (False, {1: 0.1, 5: 0.6})])
+def test_upstreams_scores_stand_where_a_model_may_know_less(keeps: bool, expected: dict[int, float]) -> None:
+    upstream = TokenTree.build([1, 2], [-1, 0], [0.9, 0.8])
+    growth = Growth(8, 4, upstream, GrowthOptions(keep_scores=keeps, children=1), Origin.MEDIUM)
+    growth.expand(ROOT, np.array([5, 1]), np.array([0.6, 0.1]))
+    tree = growth.tree()
+    assert dict(zip(tree.tokens.tolist(), tree.scores.tolist())) == pytest.approx(expected)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from tiny import VOCAB as TINY_VOCAB
+from tiny import save_tiny_llama
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from cluster.core.accept import decide
 from cluster.core.types import SamplingParams
@@ -115,3 +120,13 @@ def continuation(rank: Rank, tokens: Sequence[int], params: SamplingParams, coun
 
 def random_tokens(seed: int, count: int, vocab_size: int = VOCAB) -> list[int]:
     return [int(token) for token in np.random.default_rng(seed).integers(0, vocab_size, count)]
+
+
+def save_target(folder: Path, words: str = "w") -> Path:
+    """A tiny Llama as transformers stores it, with a tokenizer of one word a token."""
+    save_tiny_llama(folder)
+    tokenizer = Tokenizer(
+        models.WordLevel({f"{words}{index}": index for index in range(TINY_VOCAB)}, unk_token=f"{words}0")
+    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=f"{words}0").save_pretrained(folder)
+    return folder

@@ -72,8 +72,8 @@ class SteppedVerifier(Verifier):
 class PoisonedRank(Rank):
     """Rows that begin with ``POISON`` get NaN logits."""
 
-    def forward(self, batch: Sequence[SlotRows], skip: frozenset[int] = frozenset()) -> torch.Tensor:
-        logits = super().forward(batch, skip).clone()
+    def forward(self, batch: Sequence[SlotRows], *rest: Any, **named: Any) -> torch.Tensor:
+        logits = super().forward(batch, *rest, **named).clone()
         at = 0
         for rows in batch:
             wanted = rows.tokens[np.broadcast_to(rows.logits, len(rows.tokens))]

@@ -27,6 +27,12 @@ from cluster.core.types import GenerateRequest, SamplingParams
 from cluster.rounds.draft_worker import DraftWorker
 from cluster.rounds.pipeline import Pipeline
 from drafters import TargetFacts, create
+from drafters.swift import SwiftDrafter
+
+EVERY_DRAFTER = (
+    *("sssd", "draft_model", "swift", "swift_search", "s3d", "mlp_speculator"),
+    *("staged", "staged_swift", "staged_mlp"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +41,7 @@ def expected(rig: Rig) -> dict[SamplingParams, dict[str, list[int]]]:
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED, PENALISED], ids=["greedy", "sampled", "penalised"])
-@pytest.mark.parametrize("name", ["sssd", "draft_model", "swift", "staged", "staged_swift"])
+@pytest.mark.parametrize("name", EVERY_DRAFTER)
 def test_every_drafter_gives_plain_decodings_tokens(
     rig: Rig,
     draft_folder: Path,
@@ -47,6 +53,23 @@ def test_every_drafter_gives_plain_decodings_tokens(
     assert outputs(sessions) == expected[params]
     if name != "sssd":
         assert sum(session.stats.drafted for session in sessions.values()) > 0
+
+
+def test_a_search_for_better_sets_changes_which_is_used_and_no_token(
+    rig: Rig, draft_folder: Path, expected: dict[SamplingParams, dict[str, list[int]]]
+) -> None:
+    drafter = rig.drafter(stages(draft_folder, rig.dtype)["swift_search"])
+    assert isinstance(drafter, SwiftDrafter)
+    assert drafter.learner is not None
+    search = drafter.learner.search
+    used = set()
+    for params in (GREEDY, SAMPLED, GREEDY):
+        search._adopt(next(skip for skip in map(frozenset, ([2, 3], [4, 5], [2, 5])) if skip not in used))
+        sessions = rig.run(requests(params), drafter)
+        used.add(drafter.skip)
+        assert outputs(sessions) == expected[params]
+    assert len(used) > 1
+    assert search.trials > 0
 
 
 ADVERSARIES = {

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from cluster.core.config import EngineConfig
 from cluster.core.token_tree import TokenTree
 from cluster.engine.step_cost import CostCurve
 from cluster.rounds.calibration import Calibration, emitted_path, lay_out
 from cluster.rounds.cost import LiveCost
-from cluster.rounds.governor import MARGIN, choose_nodes
+from cluster.rounds.governor import MARGIN, Governor, RoundSpent, Shape, choose_nodes
 from cluster.rounds.modes import ModeChooser
 
 CURVE = CostCurve((1, 4, 8, 16), (1.0, 1.1, 1.5, 3.0))
@@ -167,3 +168,43 @@ def test_the_round_after_a_change_is_not_measured() -> None:
     chooser.observe("remote", 1.0, 50.0)  # the drafters catch up
     chooser.observe("remote", 2.0, 0.5)
     assert chooser.speed("remote") == pytest.approx(4.0)
+
+
+SURE = TokenTree.build([5, 6, 7], [-1, 0, 1], [1.0, 1.0, 1.0], stages=1)
+UNSURE = TokenTree.build([5, 6, 7], [-1, -1, -1], [0.01, 0.01, 0.01], stages=1)
+HALF = TokenTree.build([5, 6, 7], [-1, -1, -1], [0.98, 0.01, 0.01], stages=1)
+
+
+@pytest.mark.parametrize(
+    ("trees", "prompt_rows", "changes", "reason", "nodes"),
+    [
+        ([TokenTree.empty()], 0, {}, "nothing_offered", 0),
+        ([UNSURE], 0, {}, "nothing_pays", 0),
+        ([HALF], 0, {}, "best_pay", 1),
+        ([SURE], 0, {}, "all_pay", 3),
+        ([SURE], 5, {}, "no_room", 2),
+        ([SURE], 7, {}, "no_room", 0),
+        ([UNSURE], 0, {"governor": "always"}, "always", 3),
+    ],
+)
+def test_why_a_step_has_so_many_nodes_is_counted(
+    trees: list[TokenTree], prompt_rows: int, changes: dict[str, object], reason: str, nodes: int
+) -> None:
+    config = EngineConfig.model_validate({"max_rows": 8, "kv_slots": 2} | changes)
+    governor = Governor(config, CostCurve((1, 8), (1.0, 2.0)))
+    chosen = governor.budget(["s"], trees, prompt_rows, 0.0)
+    count = sum(map(len, chosen))
+    governor.observe("local", Shape(1, count, prompt_rows, 0.0), 1, RoundSpent(0.0, 1.0, 0.0, 1.0))
+    report = governor.report("local")
+    assert count == nodes
+    assert report.choices == {reason: 1}
+    assert (sum(report.nodes.counts), report.nodes.total) == (1, nodes)
+
+
+def test_a_step_without_decoding_sessions_is_no_choice() -> None:
+    governor = Governor(EngineConfig(), CURVE)
+    governor.budget([], [], 16, 0.0)
+    governor.observe("local", Shape(0, 0, 16, 0.0), 0, RoundSpent(0.0, 1.0, 0.0, 1.0))
+    report = governor.report("local")
+    assert report.choices == {}
+    assert sum(report.nodes.counts) == 0

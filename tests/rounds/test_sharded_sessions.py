@@ -11,6 +11,7 @@ from exactness_rig import FLAT, GREEDY, SAMPLED, NoText, Rig, outputs, requests,
 from thread_crew import ThreadCrew
 from tiny import save_tiny_llama
 
+from cluster.core.errors import ConfigError
 from cluster.core.types import SamplingParams
 from cluster.engine.tensor_parallel import ShardedRank, build_sharded_rank
 from cluster.engine.verifier import Verifier
@@ -69,6 +70,13 @@ def test_every_drafter_gives_one_ranks_tokens(
     assert outputs(sessions) == expected[params]
     if name not in ("none", "sssd"):
         assert sum(session.stats.drafted for session in sessions.values()) > 0
+
+
+def test_a_search_for_sub_layers_to_skip_is_refused_on_several_ranks(
+    rigs: tuple[Rig, ShardedRig], draft_folder: Path
+) -> None:
+    with pytest.raises(ConfigError, match="found:COUNT"):
+        rigs[1].drafter(stages(draft_folder, rigs[1].dtype)["swift_search"])
 
 
 def test_prefixes_are_taken_over_and_sessions_preempted_on_every_rank(

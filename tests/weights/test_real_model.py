@@ -16,7 +16,7 @@ from cluster.assemble import Target, build_scheduler, load_target
 pytestmark = pytest.mark.weights
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
-DRAFTERS = ("none", "sssd", "draft_model", "swift", "staged")
+DRAFTERS = ("none", "sssd", "draft_model", "swift", "mlp_speculator", "staged")
 SAMPLED = ("--temperature", "0.8", "--top-p", "0.95", "--seed", "11")
 
 

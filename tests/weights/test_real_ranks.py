@@ -25,7 +25,8 @@ def generated(out: Path, *flags: str) -> dict[str, list[int]]:
 @pytest.mark.parametrize("drafters", ["none", "staged"])
 def test_three_ranks_give_one_ranks_tokens_in_fp32(tmp_path: Path, drafters: str) -> None:
     one = generated(tmp_path / "one", "--drafters", "none")
-    assert generated(tmp_path / "three", "--drafters", drafters, "--tensor-parallel-size", "3") == one
+    flags = ("--drafters", drafters, "--medium", "swift", "--tensor-parallel-size", "3")
+    assert generated(tmp_path / "three", *flags) == one
 
 
 def test_two_ranks_are_refused_with_the_sizes_that_would_do(capsys: pytest.CaptureFixture[str]) -> None:

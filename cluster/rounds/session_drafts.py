@@ -1,0 +1,115 @@
+"""What a target knows of one session's drafts: what its stages hold, what was asked of them, what came.
+
+Only the pipeline uses it, and under its lock.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.core.token_tree import TokenTree
+from cluster.core.types import Origin, TreeKey
+from cluster.rounds.session import Session
+
+WORTH_TAKING = 0.25  # accepted nodes that a tree from the cache must promise; else the round waits for a fresh one
+
+Counts = npt.NDArray[np.int64]
+"""(3,) numbers of nodes, by ``Origin``."""
+
+
+def count_nodes(tree: TokenTree) -> Counts:
+    """By who guessed them first. The tree is a checked one."""
+    return np.bincount(tree.stages, minlength=len(Origin))
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A tree that arrived: who sent it, and when."""
+
+    tree: TokenTree
+    stage: str
+    arrived_s: float
+
+
+@dataclass(slots=True)
+class SessionDrafts:
+    """``held``: length each stage's worker acknowledged. ``started``: when a stage was last sent the session's start.
+
+    ``present``: the state last asked about; the session itself may be moving on while a reply is looked at. ``chain``,
+    ``heard``, ``trees``: stages of the ask under way, those that answered it, and with what; ``asked_s``: when it was
+    sent. ``leased``: whether workers were asked for. ``newest``: the last draft that came, in time or not;
+    ``verified``: how many of its nodes were; ``cached``: what the latest tokens have left of it.
+    """
+
+    session: Session
+    held: dict[str, int] = field(default_factory=dict)
+    started: dict[str, float] = field(default_factory=dict)
+    leased: bool = False
+    present: TreeKey | None = None
+    asked_s: float = -math.inf
+    waiting_for: TreeKey | None = None
+    chain: tuple[str, ...] = ()
+    heard: set[str] = field(default_factory=set)
+    trees: dict[str, Draft] = field(default_factory=dict)
+    failed: bool = False
+    newest: Draft | None = None
+    cached: Draft | None = None
+    verified: Counts = field(default_factory=lambda: np.zeros(len(Origin), np.int64))
+
+    @property
+    def waiting(self) -> bool:
+        there = self.cached is not None or self.failed
+        return self.waiting_for is not None and not there and self.chain[-1] not in self.heard
+
+    def clear(self) -> None:
+        self.waiting_for, self.chain, self.failed, self.cached = None, (), False, None
+        self.heard, self.trees = set(), {}
+
+    def best(self) -> Draft | None:
+        """That of the last stage that sent one, or else the cached one, if it hangs on the present state."""
+        draft = next((self.trees[stage] for stage in reversed(self.chain) if stage in self.trees), self.cached)
+        return draft if draft is not None and draft.tree.key == self.session.key else None
+
+    def look_up(self) -> None:
+        """Walk the tokens since the newest tree's state into that tree."""
+        newest = self.newest
+        if newest is not None and newest.tree.key is not None:
+            tree = newest.tree.after(self.session.tokens[newest.tree.key.base :])
+            if float(tree.scores.sum()) >= WORTH_TAKING:
+                self.cached = replace(newest, tree=tree.with_key(self.session.key))
+
+    def knows(self, key: object) -> bool:
+        """Whether a stage may have been asked about that state."""
+        present = self.present
+        if present is None or not isinstance(key, TreeKey):
+            return False
+        own = (key.session_id, key.epoch) == (present.session_id, present.epoch)
+        return own and (key == present or key.base < present.base)
+
+    def keep(self, draft: Draft) -> Counts:
+        """For later look-ups, unless it is of an older state than the one there. Returns the nodes that are wasted now.
+
+        A state's drafts from several stages, or several times, are one: the last of them counts.
+        """
+        old, key = self.newest, draft.tree.key
+        assert key is not None
+        if old is None or old.tree.key == key:
+            self.newest = draft
+            return np.zeros(len(Origin), np.int64)
+        assert old.tree.key is not None
+        if key.base < old.tree.key.base:
+            return count_nodes(draft.tree)
+        wasted = self.unverified()
+        self.newest, self.verified = draft, np.zeros(len(Origin), np.int64)
+        return wasted
+
+    def unverified(self) -> Counts:
+        """Nodes of the newest draft that no step has verified."""
+        if self.newest is None:
+            return np.zeros(len(Origin), np.int64)
+        left: Counts = np.maximum(count_nodes(self.newest.tree) - self.verified, 0)
+        return left

@@ -1,0 +1,122 @@
+"""The network behind ``MlpSpeculator``: its shape, its form in torch for training, and its folder on disk.
+
+One step, for a token x behind a state s: mix the norms of s and of x's embedding into one row, then residual SwiGLU
+blocks; the result is the next state, and the target's own head over its norm says what follows x. The first state is
+the target's last hidden state, which is what makes so small a network good at this (after arXiv 2404.19124). Embeddings
+and head are the target's; the head is cut to the tokens the target says most.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cluster.core.errors import ConfigError
+from drafters.shipped_store import ARTIFACTS, DEFAULT, tokenizer_of
+
+HEADER = "head.json"
+TENSORS = "head.safetensors"
+FORMAT = 1
+
+
+class Block(nn.Module):
+    """x + down(silu(gate(norm x)) * up(norm x))."""
+
+    def __init__(self, hidden: int, inner: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden, eps)
+        self.gate = nn.Linear(hidden, inner, bias=False)
+        self.up = nn.Linear(hidden, inner, bias=False)
+        self.down = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        inner = nn.functional.silu(self.gate(normed)) * self.up(normed)
+        return x + self.down(inner)  # type: ignore[no-any-return]
+
+
+class MlpHead(nn.Module):
+    """states, embeddings: (n, hidden) -> next states (n, hidden). ``final_norm`` belongs before the head."""
+
+    def __init__(self, hidden: int, inner: int, blocks: int, eps: float) -> None:
+        super().__init__()
+        self.state_norm, self.token_norm = nn.RMSNorm(hidden, eps), nn.RMSNorm(hidden, eps)
+        self.mix = nn.Linear(2 * hidden, hidden, bias=False)
+        self.blocks = nn.ModuleList(Block(hidden, inner, eps) for _ in range(blocks))
+        self.final_norm = nn.RMSNorm(hidden, eps)
+        with torch.no_grad():  # at first the state passes through
+            self.mix.weight[:, :hidden] = torch.eye(hidden)
+            self.mix.weight[:, hidden:].mul_(0.5)
+            for block in self.blocks:
+                block.down.weight.mul_(0.1)  # type: ignore[union-attr, operator]
+
+    def forward(self, states: Tensor, embeddings: Tensor) -> Tensor:
+        x = self.mix(torch.cat([self.state_norm(states), self.token_norm(embeddings)], -1))
+        for block in self.blocks:
+            x = block(x)
+        return x  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadHeader:
+    """Which target the network belongs to; no hash where that has no ``tokenizer.json``. ``depth``: steps it was
+    trained for."""
+
+    tokenizer_hash: str | None
+    hidden_size: int
+    inner_size: int
+    blocks: int
+    eps: float
+    depth: int
+    provenance: dict[str, Any]
+    format: int = FORMAT
+
+    @staticmethod
+    def read(folder: Path) -> HeadHeader:
+        """Raises ``ConfigError`` where there is none, or one this version cannot read."""
+        path = folder / HEADER
+        try:
+            header = HeadHeader(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"head: {path} does not read: {error}") from None
+        if header.format != FORMAT:
+            raise ConfigError(f"head: {path} has format {header.format}; allowed: {FORMAT}")
+        return header
+
+
+def save_head(folder: Path, header: HeadHeader, network: MlpHead, head_tokens: Tensor) -> None:
+    """Kept in bf16, with head_tokens: (n,) ids, rising. What stood in ``folder`` is replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().to(torch.bfloat16).contiguous() for name, value in network.state_dict().items()}
+    tensors["head_tokens"] = head_tokens.to(torch.int32)
+    partial = folder / f".{TENSORS}"
+    save_file(tensors, partial)
+    os.replace(partial, folder / TENSORS)
+    (folder / HEADER).write_text(json.dumps(asdict(header), indent=1) + "\n")
+
+
+def load_head(folder: Path, target: Path, hidden_size: int) -> tuple[HeadHeader, dict[str, Tensor]]:
+    """Header and tensors by name. Raises ``ConfigError`` where they do not belong to the model in ``target``."""
+    header = HeadHeader.read(folder)
+    if header.tokenizer_hash != tokenizer_of(target) or header.hidden_size != hidden_size:
+        raise ConfigError(f"head: {folder} was made for another model than that in {target}")
+    return header, load_file(folder / TENSORS)
+
+
+def find_head(source: str, target: Path) -> Path:
+    """``default``: the one shipped for the target's tokenizer. Raises ``ConfigError`` where there is none."""
+    if source != DEFAULT:
+        return Path(source).expanduser()
+    for folder in sorted(path.parent for path in ARTIFACTS.glob(f"*/mlp_head/{HEADER}")):
+        if HeadHeader.read(folder).tokenizer_hash == tokenizer_of(target):
+            return folder
+    raise ConfigError(
+        f"head: none is shipped for the tokenizer of {target}; allowed: a folder made by drafters.training.train_head"
+    )

@@ -1,0 +1,124 @@
+"""A draft model made of a target's layers: trained, saved, and loaded into the engine as it was trained."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import VOCAB
+from tiny_models import chain, save_target
+
+from cluster.core.config import StageConfig
+from cluster.core.errors import ConfigError
+from cluster.core.types import SamplingParams
+from cluster.engine.kernels import choose_kernels
+from cluster.engine.rank import Rank, rank_of
+from drafters import Ask, TargetFacts, create
+from drafters.distilled import find_draft, load_draft
+from drafters.training import distill
+
+HEAD_TOKENS = 96
+
+
+def arguments(target: Path, chats: Path, out: Path, **changes: Any) -> argparse.Namespace:
+    settings = {
+        "model": str(target),
+        "chats": [chats],
+        "out": out,
+        "work": out.with_name("work"),
+        "layers": "0,2,3",
+        "rank": 8,
+        "head_tokens": HEAD_TOKENS,
+        "epochs": 4,
+        "batch_tokens": 128,
+        "max_tokens": None,
+        "longest": 64,
+        "lr": 5e-3,
+        "seed": 0,
+        "threads": 1,
+        "save_every_s": 1e9,
+    }
+    return argparse.Namespace(**{**settings, **changes})
+
+
+def draft_rank(folder: Path, target: Path) -> Rank:
+    kernels = choose_kernels("torch", "float32")
+    config, weights, head_tokens = load_draft(folder, target, torch.float32)
+    return rank_of(config, weights, kernels, num_slots=1, capacity=64, scratch=32, head_tokens=head_tokens)
+
+
+@pytest.fixture(scope="module")
+def draft(target: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "draft"
+    distill.distil(arguments(target, chats, folder))
+    return folder
+
+
+def test_training_brings_the_draft_closer_to_the_target(target: Path, chats: Path, tmp_path: Path) -> None:
+    work = distill.Distillation(target, arguments(target, chats, tmp_path / "draft"))
+    losses = [work.train(batch)[0] for batch in work.batches()]
+    assert len(losses) == work.num_steps
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+
+
+def test_the_engine_computes_what_was_trained(target: Path, chats: Path, draft: Path, tmp_path: Path) -> None:
+    work = distill.Distillation(target, arguments(target, chats, tmp_path / "draft"))
+    values = distill.trained(work.student)
+    with torch.no_grad():
+        for name, value in load_file(draft / "draft.safetensors").items():
+            if name != "head_tokens":
+                values[name].copy_(value)
+    work.student.float()
+    tokens = [5, 9, 17, 30, 5]
+    states = work.student(input_ids=torch.tensor([tokens])).last_hidden_state[0]
+    expected = states @ work._head.float().T
+    rank = draft_rank(draft, target)
+    logits = rank.forward([chain(rank.kv.allocate(), tokens)])
+    assert torch.allclose(logits[:, work.head_tokens], expected, atol=0.05)  # trained on weights in bf16
+    assert int(torch.isinf(logits).sum()) == len(tokens) * (VOCAB - HEAD_TOKENS)
+
+
+def test_a_run_that_is_broken_off_goes_on_to_the_same_end(
+    target: Path, chats: Path, draft: Path, tmp_path: Path
+) -> None:
+    args = arguments(target, chats, tmp_path / "draft")
+    args.work.mkdir()
+    torch.manual_seed(args.seed)
+    first = distill.Distillation(target, args)
+    for _, batch in zip(range(7), first.batches()):
+        first.train(batch)
+    torch.save(first.state(), args.work / "state.pt")
+    distill.distil(args)
+    whole, resumed = (load_file(folder / "draft.safetensors") for folder in (draft, args.out))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.allclose(whole[name].float(), resumed[name].float(), atol=1e-2) for name in whole)
+
+
+def test_it_drafts_for_its_target(target: Path, draft: Path) -> None:
+    stage = StageConfig.model_validate(
+        {"name": "medium", "drafter": "draft_model", "model": {"source": str(draft), "dtype": "float32"}}
+    )
+    drafter = create(stage, target=TargetFacts(VOCAB, 64, target, "float32"))
+    drafter.begin("s", [5, 9, 17], SamplingParams(temperature=0.0), 3)
+    tree = drafter.propose([Ask("s", 8, 4)], {})["s"]
+    assert 0 < len(tree) <= 8
+    assert set(tree.tokens.tolist()) <= set(load_file(draft / "draft.safetensors")["head_tokens"].tolist())
+
+
+def test_another_models_draft_is_refused(draft: Path, tmp_path: Path) -> None:
+    other = save_target(tmp_path / "other", words="v")
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        load_draft(draft, other, torch.float32)
+    with pytest.raises(ConfigError, match="no draft model is shipped"):
+        find_draft("default", other)
+
+
+def test_layers_are_spread_from_the_first_to_the_last() -> None:
+    assert distill.spread_layers(30, 6) == [0, 6, 12, 17, 23, 29]
+    with pytest.raises(ConfigError, match="--layers: 1"):
+        distill.spread_layers(30, 1)

@@ -1,0 +1,179 @@
+"""The network on the target's hidden states: alike in both kernels, trained, saved, and driven by real verify steps."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import VOCAB
+from tiny_models import save_target
+
+from cluster.core.errors import ConfigError, UnknownSession
+from cluster.core.token_tree import TokenTree
+from cluster.core.types import SamplingParams
+from cluster.core.warp import History
+from cluster.engine.kernels import choose_kernels
+from cluster.engine.rank import Rank, build_rank
+from cluster.engine.verifier import Verifier, Verify
+from drafters import Ask
+from drafters.mlp_head import HeadHeader, MlpHead, save_head
+from drafters.mlp_speculator import MlpSpeculator, load_mlp
+from drafters.options import MlpOptions
+from drafters.shipped_store import tokenizer_of
+from drafters.training import train_head
+
+HIDDEN, HEAD_TOKENS = 64, 96
+
+
+def save_random(folder: Path, target: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    network = MlpHead(HIDDEN, 48, 2, 1e-5)
+    tokenizer = tokenizer_of(target)
+    assert tokenizer is not None
+    save_head(folder, HeadHeader(tokenizer, HIDDEN, 48, 2, 1e-5, 4, {}), network, torch.arange(HEAD_TOKENS) * 2)
+    return folder
+
+
+def make_rank(target: Path, dtype: str, kernels: str = "torch") -> Rank:
+    return build_rank(target, dtype, num_slots=2, capacity=128, scratch=48, kernels=kernels, threads=1)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.15)])
+def test_native_and_torch_kernels_agree_with_the_network(
+    target: Path,
+    tmp_path: Path,
+    dtype: str,
+    tolerance: float,
+) -> None:
+    folder = save_random(tmp_path / "head", target)
+    network = MlpHead(HIDDEN, 48, 2, 1e-5)
+    torch.manual_seed(0)
+    network = MlpHead(HIDDEN, 48, 2, 1e-5).to(torch.bfloat16).float()
+    rank = make_rank(target, "float32")
+    assert rank.decoder.model is not None
+    embedding = rank.decoder.model.embedding
+    states, tokens = torch.randn(5, HIDDEN), torch.tensor([3, 200, 7, 7, 90])
+    expected = network(states, embedding[tokens])
+    for kernels in ("torch", "native"):
+        forward, head_tokens = load_mlp(folder, target, make_rank(target, dtype, kernels))
+        found = forward.advance(tokens, states.to(getattr(torch, dtype)))
+        assert torch.allclose(found.float(), expected, atol=tolerance, rtol=tolerance), kernels
+        logits = network.final_norm(expected) @ embedding[head_tokens].T
+        assert torch.allclose(forward.logits(found), logits, atol=10 * tolerance, rtol=tolerance), kernels
+
+
+def verify(verifier: Verifier, slot: int, text: list[int], tree: TokenTree, lead: list[int] | None = None) -> list[int]:
+    params = SamplingParams(temperature=0.0)
+    work = Verify(slot, text[-1], tree, params, History(text, (), params), len(text), frozenset(), lead or ())
+    (block,), _ = verifier.step([], [work])
+    return list(block.tokens)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kernels", ["torch", "native"])
+def test_tips_are_what_the_head_saw(target: Path, kernels: str) -> None:
+    """Of each session the hidden state that decided its newest token, whatever tree the step verified."""
+    rank = make_rank(target, "float32", kernels)
+    rank.tips = {}
+    slot, verifier, text = rank.kv.allocate(), Verifier(rank), [5, 9, 17]
+    text += verify(verifier, slot, text, TokenTree.empty(), text[:-1])
+    right = verify_copy(target, kernels, text, 2)
+    emitted = verify(verifier, slot, text, TokenTree.build([99, right[0]], [-1, -1], [0.5, 0.5]))
+    text += emitted
+    assert emitted[0] == right[0]
+    assert len(emitted) == 2
+    tip = rank.tips[slot]
+    assert tip.length == len(text)
+    assert rank.decoder.model is not None
+    logits = rank.decoder.model.embedding @ tip.features
+    assert int(logits.argmax()) == text[-1]
+
+
+def verify_copy(target: Path, kernels: str, text: list[int], count: int) -> list[int]:
+    """What plain decoding says next, on a rank of its own."""
+    rank = make_rank(target, "float32", kernels)
+    slot, verifier, text = rank.kv.allocate(), Verifier(rank), list(text)
+    said = verify(verifier, slot, text, TokenTree.empty(), text[:-1])
+    while len(said) < count:
+        said += verify(verifier, slot, text + said, TokenTree.empty())
+    return said
+
+
+@pytest.fixture
+def setting(target: Path, tmp_path: Path) -> tuple[MlpSpeculator, Verifier, int]:
+    rank = make_rank(target, "float32")
+    slot = rank.kv.allocate()
+    head = load_mlp(save_random(tmp_path / "head", target), target, rank)
+    slots = {"s": slot}
+    return MlpSpeculator(rank, slots.__getitem__, head, MlpOptions()), Verifier(rank), slot
+
+
+@pytest.mark.parametrize("bias", [(), ((4, 50.0),)])
+def test_trees_follow_the_commits(setting: tuple[MlpSpeculator, Verifier, int], bias: tuple[Any, ...]) -> None:
+    drafter, verifier, slot = setting
+    text = [5, 9, 17]
+    drafter.begin("s", text, SamplingParams(temperature=0.0, logit_bias=bias), 3)
+    assert drafter.propose([Ask("s", 8, 4)], {}) == {}  # nothing decided yet
+    new = verify(verifier, slot, text, TokenTree.empty(), text[:-1])
+    drafter.commit("s", new)
+    hints = {"s": TokenTree.chain([2, 4, 6])}
+    tree = drafter.propose([Ask("s", 8, 4)], hints)["s"]
+    assert 0 < len(tree) <= 8
+    assert set(tree.tokens.tolist()) <= set(range(0, 2 * HEAD_TOKENS, 2))
+    assert tree.child(-1, 4) is not None or not bias
+    drafter.commit("s", [7])  # not what the target decided: its hidden state is of another text
+    assert drafter.propose([Ask("s", 8, 4)], {}) == {}
+    drafter.end("s")
+    with pytest.raises(UnknownSession):
+        drafter.commit("s", [1])
+
+
+def arguments(target: Path, chats: Path, out: Path, **changes: Any) -> argparse.Namespace:
+    settings = {
+        "model": str(target),
+        "chats": [chats],
+        "out": out,
+        "work": out.with_name("work"),
+        "blocks": 1,
+        "inner": 48,
+        "head_tokens": HEAD_TOKENS,
+        "depth": 3,
+        "places": 1.0,
+        "epochs": 6,
+        "batch_tokens": 128,
+        "max_tokens": None,
+        "longest": 64,
+        "lr": 5e-3,
+        "seed": 0,
+        "threads": 1,
+        "save_every_s": 1e9,
+    }
+    return argparse.Namespace(**{**settings, **changes})
+
+
+def test_training_lowers_the_loss_and_goes_on_where_it_was(target: Path, chats: Path, tmp_path: Path) -> None:
+    args = arguments(target, chats, tmp_path / "head")
+    work = train_head.HeadTraining(target, args)
+    losses = [work.train(batch) for _, batch in zip(range(30), work.batches())]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    torch.save(work.state(), args.work / "state.pt")
+    reached = train_head.train_head(args)
+    assert reached["steps"] == work.num_steps > 30
+    assert len(reached["agreement_on_unseen_chats"]) == 3
+    load_mlp(args.out, target, make_rank(target, "float32"))
+
+
+def test_another_models_network_is_refused(target: Path, tmp_path: Path) -> None:
+    other = save_target(tmp_path / "other", words="v")
+    with pytest.raises(ConfigError, match="another model"):
+        load_mlp(save_random(tmp_path / "head", target), other, make_rank(other, "float32"))
+
+
+def test_the_kernels_of_a_dtype_without_native_form_do_it_too(target: Path, tmp_path: Path) -> None:
+    assert choose_kernels("auto", "float64").name == "torch"
+    forward, head_tokens = load_mlp(save_random(tmp_path / "head", target), target, make_rank(target, "float64"))
+    states = torch.zeros(1, HIDDEN, dtype=torch.float64)
+    logits = forward.logits(forward.advance(torch.tensor([VOCAB - 1]), states))
+    assert logits.shape == (1, len(head_tokens))

@@ -1,0 +1,362 @@
+"""S3D: a pass through masks and kept layers, on the target's own weights and cache, and the training that fits it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_create import save_model, stage
+from tiny_models import GREEDY, SAMPLED, VOCAB, chain, continuation, random_tokens, tiny_config, tiny_rank, tiny_weights
+
+from cluster.core.errors import ConfigError, UnknownSession
+from cluster.core.types import Origin, SamplingParams
+from cluster.engine.decoder import Decoder
+from cluster.engine.draft_view import DraftView
+from cluster.engine.kernels import choose_kernels
+from cluster.engine.kernels_torch import TorchKernels
+from cluster.engine.kv_cache import KVCache, SlotRows
+from cluster.engine.rank import Rank
+from drafters import Ask, TargetFacts, create
+from drafters.options import S3DOptions
+from drafters.s3d import S3DDrafter, product_tree
+from drafters.s3d_adapter import S3DAdapter, S3DHeader, S3DShape
+from drafters.training import train_s3d
+from drafters.training.frequent_tokens import frequent_tokens
+from drafters.training.s3d_model import TwoStream, loss_of
+
+SHAPE = S3DShape(num_layers=4, bottom=1, top=2, gamma=3, rank=3, head_size=VOCAB)
+WHOLE = S3DShape(num_layers=4, bottom=2, top=2, gamma=3, rank=3, head_size=VOCAB)
+INNER = tiny_config().intermediate_size
+
+
+def adapter(shape: S3DShape = SHAPE, scale: float = 0.2) -> S3DAdapter:
+    rng = torch.Generator().manual_seed(5)
+    sizes = shape.sizes(tiny_config())
+    tensors = {
+        name: torch.randn(size, generator=rng, dtype=torch.float64) * (1.0 if name == "masks" else scale)
+        for name, size in sizes.items()
+    }
+    return S3DAdapter(S3DHeader(VOCAB, "hash", shape), tensors)
+
+
+def holding(rank: Rank, text: list[int]) -> int:
+    """A slot of a target that has emitted ``text``: all but the last token are committed."""
+    slot = rank.kv.allocate()
+    rank.forward([chain(slot, text[:-1], logits=False)])
+    rank.kv.commit(slot, range(len(text) - 1))
+    return slot
+
+
+def drafter_on(rank: Rank, text: list[int], made: S3DAdapter, **options: object) -> tuple[S3DDrafter, int]:
+    slot = holding(rank, text)
+    chosen = S3DOptions.model_validate(options)
+    return S3DDrafter(rank, made, chosen, max_len=100, slot_of={"s": slot}.__getitem__), slot
+
+
+def view_of(rank: Rank, made: S3DAdapter) -> DraftView:
+    shape = made.header.shape
+    return DraftView(rank, shape.skip, made.low_rank, made.tensors["masks"], shape.head_size)
+
+
+def rank_in(kernels: str, dtype: str) -> Rank:
+    config = tiny_config()
+    chosen = choose_kernels(kernels, dtype, 1)
+    weights = {name: value.to(chosen.dtype) for name, value in tiny_weights(config, 0).items()}
+    return Rank(Decoder(config, weights, chosen, 96), KVCache(config, 2, 64, 32, chosen.dtype))
+
+
+# ---- the tree
+
+
+def test_a_product_tree_holds_the_likeliest_paths_of_independent_positions() -> None:
+    rng = np.random.default_rng(0)
+    probs = -np.sort(-rng.dirichlet(np.ones(4), 3), axis=1)
+    tokens = np.array([[10, 11, 12, 13], [20, 21, 22, 23], [30, 31, 32, 33]])
+    paths = [path for depth in (1, 2, 3) for path in itertools.product(range(4), repeat=depth)]
+    likelihood = {path: float(np.prod([probs[d, place] for d, place in enumerate(path)])) for path in paths}
+    for max_nodes in (1, 5, 17, 84, 200):
+        tree = product_tree(tokens, probs, max_nodes, Origin.MEDIUM)
+        tree.check(VOCAB, max_nodes, 3)
+        chosen = [tuple(int(tree.tokens[node]) % 10 for node in tree.path(leaf)) for leaf in range(len(tree))]
+        best = sorted(paths, key=lambda path: -likelihood[path])[:max_nodes]
+        assert sorted(chosen) == sorted(best)
+        assert tree.scores == pytest.approx([likelihood[path] for path in chosen], rel=1e-6)
+
+
+def test_what_the_session_rules_out_is_not_in_the_tree() -> None:
+    tree = product_tree(np.array([[1, 2], [3, 4]]), np.array([[1.0, 0.0], [0.7, 0.3]]), 9, Origin.SMALL)
+    assert (tree.tokens.tolist(), tree.parents.tolist()) == ([1, 3, 4], [-1, 0, 0])
+
+
+# ---- the view
+
+
+def test_the_view_holds_the_targets_own_weights_and_little_more() -> None:
+    rank = tiny_rank()
+    view = view_of(rank, adapter())
+    whole, seen = rank.decoder.model, view.model
+    assert whole is not None
+    assert seen.embedding is whole.embedding
+    assert seen.head.weight is whole.head.weight
+    for ours, theirs in zip(seen.layers, whole.layers):
+        for part in ("qkv", "out", "gate_up", "down"):
+            assert getattr(ours, part).weight is getattr(theirs, part).weight
+            assert getattr(theirs, part).adapter is None
+    assert [layer.qkv.adapter is not None for layer in seen.layers] == [True, False, True, True]
+    unpadded = sum(8 * tensor.numel() for tensor in adapter().tensors.values())
+    assert view.num_bytes >= unpadded
+
+
+def test_a_view_computes_what_a_model_with_the_adapters_folded_in_would() -> None:
+    config, made, text = tiny_config(), adapter(WHOLE), random_tokens(0, 9)
+    weights = tiny_weights(config, 0)
+    for (layer, part), (inner, outer) in made.low_rank.items():
+        names = {
+            "qkv": [f"self_attn.{each}_proj" for each in "qkv"],
+            "out": ["self_attn.o_proj"],
+            "gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+            "down": ["mlp.down_proj"],
+        }[part]
+        targets = [f"model.layers.{layer}.{name}.weight" for name in names]
+        changes = (outer @ inner).split([len(weights[name]) for name in targets])
+        for name, change in zip(targets, changes):
+            weights[name] = weights[name] + change
+    weights["model.embed_tokens.weight"][[80, 81]] = made.tensors["masks"]
+    folded = Rank(Decoder(config, weights, TorchKernels(torch.float64), 64), KVCache(config, 1, 40, 24, torch.float64))
+    expected = folded.forward([chain(folded.kv.allocate(), [*text, 80, 81])])
+    rank = tiny_rank()
+    slot = rank.kv.allocate()
+    got = view_of(rank, made).forward([chain(slot, [*text, VOCAB, VOCAB + 1])])
+    assert got.numpy() == pytest.approx(expected.numpy(), abs=1e-5)
+    plain = rank.forward([chain(slot, text)])
+    assert not np.allclose(plain.numpy(), expected.numpy()[:9], atol=1e-2), "the adapters change something"
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.25)])
+def test_both_forms_of_the_kernels_compute_the_same_view(dtype: str, tolerance: float) -> None:
+    text, rows = random_tokens(1, 20), [3, VOCAB, VOCAB + 1]
+    logits = []
+    for kernels in ("torch", "native"):
+        try:
+            rank = rank_in(kernels, dtype)
+        except ConfigError:
+            pytest.skip("no native kernels here")
+        logits.append(view_of(rank, adapter()).forward([chain(holding(rank, [*text, 3]), rows)]))
+    assert logits[1].numpy() == pytest.approx(logits[0].numpy(), abs=tolerance)
+
+
+def test_the_head_guesses_the_first_tokens_of_the_vocabulary_alone() -> None:
+    short = S3DShape(
+        **{name: getattr(SHAPE, name) for name in ("num_layers", "bottom", "top", "gamma", "rank")}, head_size=37
+    )
+    text, rank = random_tokens(2, 12), tiny_rank()
+    slot = holding(rank, text)
+    whole = view_of(rank, adapter()).forward([chain(slot, [text[-1], VOCAB])])
+    part = view_of(rank, adapter(short)).forward([chain(slot, [text[-1], VOCAB])])
+    assert part[:, :37].tolist() == whole[:, :37].tolist()
+    assert bool((part[:, 37:] == -torch.inf).all())
+
+
+def test_a_rank_of_several_has_no_view() -> None:
+    rank = tiny_rank()
+    rank.decoder.model = None
+    with pytest.raises(ConfigError, match="tensor_parallel"):
+        view_of(rank, adapter())
+
+
+# ---- the drafter
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_all_layers_and_idle_adapters_guess_the_targets_next_token(params: SamplingParams) -> None:
+    text = random_tokens(3, 15)
+    drafter, _ = drafter_on(tiny_rank(), text, adapter(WHOLE, scale=0.0))
+    drafter.begin("s", text, params, 15)
+    tree = drafter.propose([Ask("s", 6, 3)], {})["s"]
+    assert int(tree.tokens[0]) == continuation(tiny_rank(), text, params, 1)[0]
+
+
+def test_a_draft_pass_leaves_the_target_as_it_was() -> None:
+    rank, text = tiny_rank(), random_tokens(4, 20)
+    drafter, slot = drafter_on(rank, text, adapter())
+    drafter.begin("s", text, GREEDY, 20)
+    rank.passes.clear()
+    tree = drafter.propose([Ask("s", 8, 4)], {})["s"]
+    tree.check(VOCAB, 8, 3)
+    assert rank.passes == []
+    assert rank.kv.length(slot) == 19
+    verified = rank.forward([chain(slot, [text[-1], 3, 4])])
+    untouched = tiny_rank()
+    other = holding(untouched, text)
+    assert verified.tolist() == untouched.forward([chain(other, [text[-1], 3, 4])]).tolist()
+
+
+def test_it_follows_the_verifiers_commits_and_many_sessions_share_a_pass() -> None:
+    rank, texts = tiny_rank(), [random_tokens(seed, 12) for seed in (5, 6)]
+    slots = {str(index): holding(rank, text) for index, text in enumerate(texts)}
+    drafter = S3DDrafter(rank, adapter(), S3DOptions(), max_len=100, slot_of=slots.__getitem__)
+    for index, text in enumerate(texts):
+        drafter.begin(str(index), text, SAMPLED, 12)
+    for emitted in ([5], [6, 7, 8]):
+        for index, text in enumerate(texts):
+            rank.forward([chain(slots[str(index)], [text[-1], *emitted[:-1]])])
+            rank.kv.commit(slots[str(index)], range(len(emitted)))
+            drafter.commit(str(index), emitted)
+            text += emitted
+        trees = drafter.propose([Ask("1", 6, 3), Ask("0", 6, 2)], {})
+        for index, depth in ((0, 2), (1, 3)):
+            fresh, _ = drafter_on(tiny_rank(), texts[index], adapter())
+            fresh.begin("s", texts[index], SAMPLED, 12)
+            expected = fresh.propose([Ask("s", 6, depth)], {})["s"]
+            tree = trees[str(index)]
+            assert (tree.tokens.tolist(), tree.parents.tolist()) == (
+                expected.tokens.tolist(),
+                expected.parents.tolist(),
+            )
+
+
+def test_it_waits_for_a_target_that_has_no_slot_or_has_not_read_the_prompt() -> None:
+    rank, text = tiny_rank(), random_tokens(7, 12)
+    drafter, _ = drafter_on(rank, text, adapter())
+    drafter.begin("s", [*text, 1], GREEDY, 12)
+    drafter.begin("slotless", text, GREEDY, 12)
+    assert drafter.propose([Ask("s", 4, 4), Ask("slotless", 4, 4)], {}) == {}
+    drafter.end("s")
+    with pytest.raises(UnknownSession):
+        drafter.propose([Ask("s", 4, 4)], {})
+
+
+def test_fewer_tokens_are_guessed_where_asked_or_where_the_context_ends() -> None:
+    text = random_tokens(8, 12)
+    drafter, _ = drafter_on(tiny_rank(), text, adapter(), gamma=2, children=1)
+    drafter.begin("s", text, GREEDY, 12)
+    assert len(drafter.propose([Ask("s", 9, 9)], {})["s"]) == 2
+    assert len(drafter.propose([Ask("s", 9, 1)], {})["s"]) == 1
+    rank = tiny_rank()
+    slots = {"s": holding(rank, text)}
+    near = S3DDrafter(rank, adapter(), S3DOptions(children=1), max_len=12, slot_of=slots.__getitem__)
+    near.begin("s", text, GREEDY, 12)
+    assert len(near.propose([Ask("s", 9, 9)], {})["s"]) == 1
+
+
+# ---- the folder
+
+
+def test_an_adapter_comes_back_from_its_folder_in_bf16(tmp_path: Path) -> None:
+    made = adapter()
+    made.save(tmp_path / "a")
+    loaded = S3DAdapter.load(tmp_path / "a", tiny_config(), "hash")
+    assert loaded.header == made.header
+    assert {name: value.tolist() for name, value in loaded.tensors.items()} == {
+        name: value.to(torch.bfloat16).tolist() for name, value in made.tensors.items()
+    }
+
+
+def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    with pytest.raises(ConfigError, match="not an S3D adapter"):
+        S3DAdapter.load(folder, tiny_config(), None)
+    adapter().save(folder)
+    for config, tokenizer in ((tiny_config(84), "hash"), (tiny_config(num_layers=5), "hash"), (tiny_config(), "other")):
+        with pytest.raises(ConfigError, match="made for 4 layers, 83 tokens and tokenizer hash"):
+            S3DAdapter.load(folder, config, tokenizer)
+    header = json.loads((folder / "header.json").read_text())
+    (folder / "header.json").write_text(json.dumps({**header, "shape": {**header["shape"], "rank": 4}}))
+    with pytest.raises(ConfigError, match="right size"):
+        S3DAdapter.load(folder, tiny_config(), "hash")
+    (folder / "header.json").write_text(json.dumps({**header, "format": 9}))
+    with pytest.raises(ConfigError, match="format 9"):
+        S3DAdapter.load(folder, tiny_config(), "hash")
+
+
+def test_by_name_it_runs_on_the_targets_rank_alone(tmp_path: Path) -> None:
+    facts = TargetFacts(VOCAB, 512, tmp_path)
+    adapter().save(tmp_path / "a")
+    config = stage("s3d", options={"adapter": str(tmp_path / "a")})
+    with pytest.raises(ConfigError, match="target's process"):
+        create(config, target=facts)
+    rank, slot_of = tiny_rank(), dict[str, int]().__getitem__
+    assert isinstance(create(config, target=facts, rank=rank, slot_of=slot_of), S3DDrafter)
+    with pytest.raises(ConfigError, match="none is shipped"):
+        create(stage("s3d"), target=facts, rank=rank, slot_of=slot_of)
+    deeper = stage("s3d", options={"adapter": str(tmp_path / "a"), "gamma": 4})
+    with pytest.raises(ConfigError, match="gamma: 4"):
+        create(deeper, target=facts, rank=rank, slot_of=slot_of)
+
+
+# ---- training
+
+
+def test_training_sees_what_a_draft_pass_sees() -> None:
+    config, text = tiny_config(), random_tokens(9, 24)
+    model = TwoStream(config, tiny_weights(config, 0), SHAPE)
+    made = adapter()
+    for name, value in model.trained.items():
+        value.data.copy_(made.tensors[name])
+    tokens, starts = torch.tensor(text), torch.tensor([4, 11, 20])
+    _, kept = model.clean(tokens)
+    with torch.no_grad():
+        trained = model.logits(model.draft(tokens, starts, kept))
+    for group, start in enumerate(starts.tolist()):
+        rank = tiny_rank()
+        slot = holding(rank, text[: start + 1])
+        rows = np.array([text[start], VOCAB, VOCAB + 1], np.int32)
+        drafted = view_of(rank, made).forward([SlotRows(slot, rows, np.array([-1, 0, 1], np.int32))])
+        assert trained[group].numpy() == pytest.approx(drafted.numpy(), abs=1e-4)
+
+
+def test_the_loss_is_zero_where_the_draft_is_the_target() -> None:
+    config = tiny_config()
+    one = S3DShape(num_layers=4, bottom=2, top=2, gamma=1, rank=2, head_size=VOCAB)
+    model = TwoStream(config, tiny_weights(config, 0), one)
+    loss, _ = loss_of(model, torch.tensor(random_tokens(10, 20)), torch.tensor([3, 9]), 0.8)
+    assert loss.item() == pytest.approx(0.0, abs=1e-5)
+
+
+def write_chats(path: Path, count: int = 12) -> Path:
+    lines = [{"chat": i, "token_ids": random_tokens(i % 3, 40), "replies": [[8, 20], [25, 40]]} for i in range(count)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_training_lowers_the_loss_and_goes_on_where_it_was_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chats, out = write_chats(tmp_path / "chats.jsonl"), tmp_path / "out"
+    common = ["--model", str(save_model(tmp_path / "target")), "--chats", str(chats), "--dtype", "float32"]
+    common += ["--bottom", "1", "--top", "2", "--gamma", "3", "--rank", "4", "--head-size", str(VOCAB), "--lr", "0.02"]
+    common += ["--held-out", "3", "--save-every", "10", "--groups", "8"]
+
+    def train(folder: Path, steps: int) -> dict[str, object]:
+        train_s3d.main([*common, "--out", str(folder), "--steps", str(steps)])
+        result: dict[str, object] = json.loads(capsys.readouterr().out)
+        return result
+
+    first = train(out, 10)
+    second = train(out, 30)
+    assert (first["steps"], second["steps"]) == (10, 30)
+    assert float(str(second["loss"])) < 0.8 * float(str(first["loss"]))
+    train(tmp_path / "at once", 30)
+    broken_off, at_once = (S3DAdapter.load(folder, tiny_config(), None) for folder in (out, tmp_path / "at once"))
+    assert all(torch.equal(value, at_once.tensors[name]) for name, value in broken_off.tensors.items())
+    assert broken_off.header.provenance["steps"] == 30
+
+
+def test_chats_without_room_for_a_group_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text(
+        '{"token_ids": [1, 2, 3, 4, 5, 6], "replies": [[3, 6]]}\n{"token_ids": [1, 2, 3, 4], "replies": [[3, 4]]}\n'
+    )
+    chats = train_s3d.read_chats([path], 2, 64, "cpu")
+    assert [(chat.tokens.tolist(), chat.places) for chat in chats] == [([1, 2, 3, 4, 5, 6], [2, 3])]
+
+
+def test_frequent_tokens_are_counted_in_replies_alone(tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text('{"token_ids": [9, 9, 9, 5, 5, 7, 6], "replies": [[3, 7]]}\n')
+    assert frequent_tokens([path], 12, 2) == [5, 6]
+    assert frequent_tokens([path], 12, 4) == [0, 5, 6, 7]
