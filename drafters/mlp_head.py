@@ -23,6 +23,7 @@ from drafters.shipped_store import ARTIFACTS, DEFAULT, tokenizer_of
 
 HEADER = "head.json"
 TENSORS = "head.safetensors"
+SCALE = ".scale"
 FORMAT = 1
 
 
@@ -92,10 +93,18 @@ class HeadHeader:
 
 
 def save_head(folder: Path, header: HeadHeader, network: MlpHead, head_tokens: Tensor) -> None:
-    """Kept in bf16, with head_tokens: (n,) ids, rising. What stood in ``folder`` is replaced."""
+    """Matrices are kept in int8 with a scale for each row, norms in fp32. What stood in ``folder`` is replaced.
+
+    head_tokens: (n,) ids, rising.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().to(torch.bfloat16).contiguous() for name, value in network.state_dict().items()}
-    tensors["head_tokens"] = head_tokens.to(torch.int32)
+    tensors = {"head_tokens": head_tokens.to(torch.int32)}
+    for name, value in network.state_dict().items():
+        value = value.detach().float().contiguous()
+        if value.dim() == 2:
+            scale = value.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+            tensors[f"{name}{SCALE}"], value = scale, (value / scale).round().to(torch.int8)
+        tensors[name] = value
     partial = folder / f".{TENSORS}"
     save_file(tensors, partial)
     os.replace(partial, folder / TENSORS)
@@ -103,11 +112,16 @@ def save_head(folder: Path, header: HeadHeader, network: MlpHead, head_tokens: T
 
 
 def load_head(folder: Path, target: Path, hidden_size: int) -> tuple[HeadHeader, dict[str, Tensor]]:
-    """Header and tensors by name. Raises ``ConfigError`` where they do not belong to the model in ``target``."""
+    """Header and tensors by name, in fp32. Raises ``ConfigError`` where they are not for the model in ``target``."""
     header = HeadHeader.read(folder)
     if header.tokenizer_hash != tokenizer_of(target) or header.hidden_size != hidden_size:
         raise ConfigError(f"head: {folder} was made for another model than that in {target}")
-    return header, load_file(folder / TENSORS)
+    stored = load_file(folder / TENSORS)
+    tensors = {name: value for name, value in stored.items() if not name.endswith(SCALE)}
+    for name, value in tensors.items():
+        if name + SCALE in stored:
+            tensors[name] = value.float() * stored[name + SCALE]
+    return header, tensors
 
 
 def find_head(source: str, target: Path) -> Path:

@@ -21,7 +21,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from cluster.engine.weights import resolve_model
 from drafters.distilled import LINEARS, DraftHeader, save_draft
 from drafters.shipped_store import tokenizer_of
 from drafters.training.frequent_tokens import frequent_tokens
-from drafters.training.teacher import Piece, Teacher, batches, padded, rate, read_pieces
+from drafters.training.teacher import Piece, Teacher, batches, padded, rate, read_pieces, schedule
 
 SAVE_EVERY_S = 300.0
 REPORT_EVERY = 10  # steps
@@ -110,21 +110,17 @@ class Distillation:
         args.work.mkdir(parents=True, exist_ok=True)
         num_tokens = self.pieces[-1].start + len(self.pieces[-1].tokens)
         self._teacher = Teacher(target, args.work, num_tokens)
-        self.steps_per_epoch = len(batches(self.training, args.batch_tokens, random.Random(0)))
-        self.num_steps = args.epochs * self.steps_per_epoch
+        self._schedule = schedule(self.training, args.batch_tokens, args.epochs, args.seed)
+        self.num_steps = len(self._schedule)
         self.optimizer = torch.optim.AdamW(
             trained(self.student).values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0
         )
         self._args = args
         self.step = 0
 
-    def batches(self) -> Iterator[list[Piece]]:
+    def batches(self) -> list[list[Piece]]:
         """What is left to do, from ``step`` on."""
-        for epoch in range(self.step // self.steps_per_epoch, self._args.epochs):
-            skipped = self.step - epoch * self.steps_per_epoch
-            yield from batches(self.training, self._args.batch_tokens, random.Random(f"{self._args.seed}/{epoch}"))[
-                skipped:
-            ]
+        return self._schedule[self.step :]
 
     def train(self, batch: Sequence[Piece]) -> tuple[float, float]:
         """One step. Returns the loss in nats per token, and the share of tokens where both say the same."""

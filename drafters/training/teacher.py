@@ -61,6 +61,11 @@ def batches(pieces: Sequence[Piece], size: int, draw: random.Random) -> list[lis
     return result
 
 
+def schedule(pieces: Sequence[Piece], size: int, epochs: int, seed: int) -> list[list[Piece]]:
+    """The batches of all epochs, in the order of training: step i is the i-th, whenever it is taken."""
+    return [batch for epoch in range(epochs) for batch in batches(pieces, size, random.Random(f"{seed}/{epoch}"))]
+
+
 class Teacher:
     """The target's last hidden states, computed once per piece and kept in a file."""
 

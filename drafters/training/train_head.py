@@ -28,7 +28,7 @@ from cluster.engine.weights import resolve_model
 from drafters.mlp_head import HeadHeader, MlpHead, save_head
 from drafters.shipped_store import tokenizer_of
 from drafters.training.frequent_tokens import frequent_tokens
-from drafters.training.teacher import Piece, Teacher, batches, padded, rate, read_pieces
+from drafters.training.teacher import Piece, Teacher, batches, padded, rate, read_pieces, schedule
 
 REPORT_EVERY = 20  # steps
 STEP_WEIGHT = 0.8  # of each further step of the network in the loss
@@ -54,17 +54,15 @@ class HeadTraining:
         )
         args.work.mkdir(parents=True, exist_ok=True)
         self._teacher = Teacher(target, args.work, pieces[-1].start + len(pieces[-1].tokens))
-        self.steps_per_epoch = len(batches(self.training, args.batch_tokens, random.Random(0)))
-        self.num_steps = args.epochs * self.steps_per_epoch
+        self._schedule = schedule(self.training, args.batch_tokens, args.epochs, args.seed)
+        self.num_steps = len(self._schedule)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
         self._args = args
         self.step = 0
 
-    def batches(self) -> Iterator[list[Piece]]:
+    def batches(self) -> list[list[Piece]]:
         """What is left to do, from ``step`` on."""
-        for epoch in range(self.step // self.steps_per_epoch, self._args.epochs):
-            epochs = batches(self.training, self._args.batch_tokens, random.Random(f"{self._args.seed}/{epoch}"))
-            yield from epochs[self.step - epoch * self.steps_per_epoch :]
+        return self._schedule[self.step :]
 
     def train(self, batch: Sequence[Piece]) -> float:
         """One step. Returns the loss in nats per token."""

@@ -19,7 +19,7 @@ from cluster.engine.kernels import choose_kernels
 from cluster.engine.rank import Rank, build_rank
 from cluster.engine.verifier import Verifier, Verify
 from drafters import Ask
-from drafters.mlp_head import HeadHeader, MlpHead, save_head
+from drafters.mlp_head import HeadHeader, MlpHead, load_head, save_head
 from drafters.mlp_speculator import MlpSpeculator, load_mlp
 from drafters.options import MlpOptions
 from drafters.shipped_store import tokenizer_of
@@ -49,9 +49,9 @@ def test_native_and_torch_kernels_agree_with_the_network(
     tolerance: float,
 ) -> None:
     folder = save_random(tmp_path / "head", target)
-    network = MlpHead(HIDDEN, 48, 2, 1e-5)
-    torch.manual_seed(0)
-    network = MlpHead(HIDDEN, 48, 2, 1e-5).to(torch.bfloat16).float()
+    network, tensors = MlpHead(HIDDEN, 48, 2, 1e-5), load_head(folder, target, HIDDEN)[1]
+    del tensors["head_tokens"]
+    network.load_state_dict(tensors)
     rank = make_rank(target, "float32")
     assert rank.decoder.model is not None
     embedding = rank.decoder.model.embedding
@@ -63,6 +63,17 @@ def test_native_and_torch_kernels_agree_with_the_network(
         assert torch.allclose(found.float(), expected, atol=tolerance, rtol=tolerance), kernels
         logits = network.final_norm(expected) @ embedding[head_tokens].T
         assert torch.allclose(forward.logits(found), logits, atol=10 * tolerance, rtol=tolerance), kernels
+
+
+def test_what_is_saved_comes_back_within_the_rounding_of_int8(target: Path, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    saved = MlpHead(HIDDEN, 48, 2, 1e-5).state_dict()
+    _, loaded = load_head(save_random(tmp_path / "head", target, seed=7), target, HIDDEN)
+    assert loaded.pop("head_tokens").tolist() == [2 * index for index in range(HEAD_TOKENS)]
+    assert loaded.keys() == saved.keys()
+    for name, value in saved.items():
+        bound = value.abs().amax(-1, keepdim=True) / 254 if value.dim() == 2 else torch.zeros(1)
+        assert ((loaded[name] - value).abs() <= 1.01 * bound).all(), name
 
 
 def verify(verifier: Verifier, slot: int, text: list[int], tree: TokenTree, lead: list[int] | None = None) -> list[int]:
