@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
                 file=sys.stderr,
                 flush=True,
             )
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    settings = {key: value.name if isinstance(value, Path) else value for key, value in vars(args).items()}
     result = {
         "records": len(records),
         "agreement": round(medium.agreement, 4),
