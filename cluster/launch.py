@@ -64,10 +64,14 @@ class DraftActor:
         return self._facts
 
     async def check(self) -> None:
-        """Raises ``EngineFailed`` where the compute thread is stuck."""
+        """Called every few seconds. Raises ``EngineFailed`` where the compute thread is stuck.
+
+        Frees idle sessions, too: with nobody asking any more no call of ``draft`` would.
+        """
         since = self._computing_since
         if since is not None and time.monotonic() - since > COMPUTE_LIMIT_S:
             raise EngineFailed(f"a draft computation has been running for {time.monotonic() - since:.0f} s")
+        self._compute.submit(self._worker.drop_idle)  # not waited for: drafts may stand before it
 
     async def draft(self, verifier: str, asks: list[DraftAsk], upstream: DraftReply | None = None) -> DraftReply:
         """See ``DraftWorker.draft``. ``upstream`` arrives as the small stage's object ref, resolved by Ray.

@@ -60,7 +60,7 @@ class DraftWorker:
     def draft(self, verifier: str, asks: Sequence[DraftAsk], upstream: DraftReply | None = None) -> DraftReply:
         """Apply every ask's commit, then propose trees for those that want one and could be followed."""
         start = self._clock()
-        self._drop_idle()
+        self.drop_idle()
         resync: list[str] = []
         wanted: dict[str, Ask] = {}
         keys: dict[str, TreeKey] = {}
@@ -143,7 +143,8 @@ class DraftWorker:
                     hints[name] = tree
         return hints
 
-    def _drop_idle(self) -> None:
+    def drop_idle(self) -> None:
+        """Free what nobody asks about: its end may have been lost on the way. Every ``draft`` does so first."""
         now = self._clock()
         for name in [name for name, held in self._held.items() if now - held.last_used > self._ttl_s]:
             self._end(name)

@@ -156,6 +156,25 @@ def test_a_draft_actor_remembers_nothing_of_asks_that_are_answered() -> None:
     asyncio.run(work())
 
 
+def test_a_session_whose_end_was_lost_is_freed_although_nobody_asks_any_more() -> None:
+    from cluster.core.config import DraftersConfig, ModelConfig, StageConfig
+    from cluster.launch import DraftActor
+
+    async def work() -> None:
+        config = DraftersConfig(target_model=ModelConfig.model_validate(MODEL))
+        actor = DraftActor(StageConfig(name="small", drafter="sssd", lease_ttl_s=0.1), config)
+        await actor.draft(VERIFIER, [ask("orphan").asks["small"]])
+        assert await actor.num_sessions() == 1
+        for _ in range(100):
+            await actor.check()
+            await asyncio.sleep(0.05)
+            if await actor.num_sessions() == 0:
+                return
+        raise AssertionError("still held")
+
+    asyncio.run(work())
+
+
 def test_leases_come_and_go_with_applications_workers_and_sessions(transport: RayDraftTransport) -> None:
     import ray
     from ray import serve
