@@ -15,10 +15,9 @@ from pathlib import Path
 
 import torch
 
-from cluster.core.errors import ConfigError, UnknownSession
+from cluster.core.errors import ConfigError
 from cluster.core.token_tree import TokenTree
-from cluster.core.types import Origin, SamplingParams
-from cluster.core.warp import History
+from cluster.core.types import Origin
 from cluster.engine.kernels import MlpForward
 from cluster.engine.packed import PackedBlock, PackedMlpHead
 from cluster.engine.rank import Rank
@@ -26,16 +25,10 @@ from cluster.engine.weights import output_rows
 from drafters.base import Ask
 from drafters.draft_model import usable
 from drafters.expand import Float64Array, Int64Array, Place, expand
+from drafters.follower import Followed, Follower
 from drafters.growth import ROOT, Growth
 from drafters.mlp_head import load_head
 from drafters.options import MlpOptions
-
-
-@dataclass(slots=True)
-class _Session:
-    tokens: list[int]
-    params: SamplingParams
-    history: History
 
 
 @dataclass(slots=True)
@@ -43,13 +36,13 @@ class _Plot:
     """One session's tree while it grows. ``before``: the state that decided the root; ``states``: behind each
     evaluated node, the root included."""
 
-    session: _Session
+    session: Followed
     growth: Growth
     before: torch.Tensor
     states: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
-class MlpSpeculator:
+class MlpSpeculator(Follower):
     """Drafts for many sessions on one rank's hidden states.
 
     slot_of: session id -> the target's slot, KeyError where it has none. head: see ``load_mlp``.
@@ -64,6 +57,7 @@ class MlpSpeculator:
         *,
         stage: Origin = Origin.MEDIUM,
     ) -> None:
+        super().__init__()
         if rank.tips is None:
             rank.tips = {}
         self.stage = stage
@@ -74,13 +68,6 @@ class MlpSpeculator:
         self._forward = head[0]
         self._columns = head[1].numpy()
         self._options = options
-        self._sessions: dict[str, _Session] = {}
-
-    def begin(
-        self, session_id: str, token_ids: Sequence[int], params: SamplingParams, prompt_len: int, owner: str = ""
-    ) -> None:
-        history = History(token_ids[:prompt_len], token_ids[prompt_len:], params)
-        self._sessions[session_id] = _Session(list(token_ids), params, history)
 
     @torch.inference_mode()
     def propose(self, asks: Sequence[Ask], upstream: Mapping[str, TokenTree]) -> dict[str, TokenTree]:
@@ -97,21 +84,7 @@ class MlpSpeculator:
         trees = {session_id: plot.growth.tree() for session_id, plot in plots.items()}
         return {session_id: tree for session_id, tree in trees.items() if len(tree)}
 
-    def commit(self, session_id: str, token_ids: Sequence[int]) -> None:
-        session = self._session(session_id)
-        session.tokens.extend(token_ids)
-        session.history.extend(token_ids)
-
-    def end(self, session_id: str) -> None:
-        self._sessions.pop(session_id, None)
-
-    def _session(self, session_id: str) -> _Session:
-        session = self._sessions.get(session_id)
-        if session is None:
-            raise UnknownSession(f"session {session_id!r} was not begun")
-        return session
-
-    def _state(self, session_id: str, session: _Session) -> torch.Tensor | None:
+    def _state(self, session_id: str, session: Followed) -> torch.Tensor | None:
         """What decided the session's newest token; None before the target has decided one in its present slot."""
         try:
             tip = self._tips.get(self._slot_of(session_id))

@@ -16,24 +16,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.core.errors import ConfigError, UnknownSession
+from cluster.core.errors import ConfigError
 from cluster.core.token_tree import TokenTree
-from cluster.core.types import Origin, SamplingParams
-from cluster.core.warp import History
+from cluster.core.types import Origin
 from cluster.engine.draft_view import DraftView
 from cluster.engine.kv_cache import SlotRows
 from cluster.engine.rank import Rank
 from drafters.base import Ask
 from drafters.expand import Float64Array, Int64Array, Place, expand
+from drafters.follower import Followed, Follower
 from drafters.options import S3DOptions
 from drafters.s3d_adapter import S3DAdapter
-
-
-@dataclass(slots=True)
-class _Session:
-    tokens: list[int]
-    params: SamplingParams
-    history: History
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +34,12 @@ class _Draft:
     """One session's part of a pass: ``depth`` rows, and what is asked of them."""
 
     ask: Ask
-    session: _Session
+    session: Followed
     rows: SlotRows
     depth: int
 
 
-class S3DDrafter:
+class S3DDrafter(Follower):
     """Drafts for many sessions with one pass over the target's rank.
 
     slot_of: session id -> the target's slot, KeyError where it has none. max_len: positions the target can take.
@@ -63,6 +56,7 @@ class S3DDrafter:
         slot_of: Callable[[str], int],
         stage: Origin = Origin.MEDIUM,
     ) -> None:
+        super().__init__()
         shape = adapter.header.shape
         self._gamma = options.gamma or shape.gamma
         if self._gamma > min(shape.gamma, rank.kv.scratch):
@@ -74,13 +68,6 @@ class S3DDrafter:
         self.vocab_size: int | None = rank.config.vocab_size
         self.view = DraftView(rank, shape.skip, adapter.low_rank, adapter.tensors["masks"], shape.head_size)
         self._rank, self._options, self._max_len, self._slot_of = rank, options, max_len, slot_of
-        self._sessions: dict[str, _Session] = {}
-
-    def begin(
-        self, session_id: str, token_ids: Sequence[int], params: SamplingParams, prompt_len: int, owner: str = ""
-    ) -> None:
-        history = History(token_ids[:prompt_len], token_ids[prompt_len:], params)
-        self._sessions[session_id] = _Session(list(token_ids), params, history)
 
     def propose(self, asks: Sequence[Ask], upstream: Mapping[str, TokenTree]) -> dict[str, TokenTree]:
         """Sessions whose slot does not hold all but the last of their tokens are left out."""
@@ -104,21 +91,7 @@ class S3DDrafter:
             )
         return trees
 
-    def commit(self, session_id: str, token_ids: Sequence[int]) -> None:
-        session = self._session(session_id)
-        session.tokens.extend(token_ids)
-        session.history.extend(token_ids)
-
-    def end(self, session_id: str) -> None:
-        self._sessions.pop(session_id, None)
-
-    def _session(self, session_id: str) -> _Session:
-        session = self._sessions.get(session_id)
-        if session is None:
-            raise UnknownSession(f"session {session_id!r} was not begun")
-        return session
-
-    def _plan(self, ask: Ask, session: _Session) -> _Draft | None:
+    def _plan(self, ask: Ask, session: Followed) -> _Draft | None:
         base = len(session.tokens)
         try:
             slot = self._slot_of(ask.session_id)

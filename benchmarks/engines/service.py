@@ -10,7 +10,6 @@ import json
 import os
 import queue
 import shutil
-import socket
 import sys
 import tempfile
 import threading
@@ -21,6 +20,7 @@ import grpc
 import yaml
 
 from benchmarks.engines.base import Answer, Ask, Defaults, Prompt, Setup, Unavailable, own_cores, session_members
+from benchmarks.ports import free_ports
 from deployments import up
 from protos import generation_pb2 as pb
 from protos import generation_pb2_grpc
@@ -96,7 +96,7 @@ class OwnService:
 
     def __init__(self, config: Path) -> None:
         document = yaml.safe_load(config.read_text())
-        document["http_options"]["port"], document["grpc_options"]["port"] = _free_ports(2)
+        document["http_options"]["port"], document["grpc_options"]["port"] = free_ports(2)
         self.address = f"127.0.0.1:{document['grpc_options']['port']}"
         self._folder = Path(tempfile.mkdtemp(prefix="paceline-bench-"))
         file = self._folder / "service.yaml"
@@ -121,17 +121,6 @@ class OwnService:
     def stop(self) -> None:
         up.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 def environment(setup: Setup) -> dict[str, str]:

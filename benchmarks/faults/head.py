@@ -10,7 +10,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.engines.base import session_members
+from benchmarks.ports import free_ports
 from deployments.gcs_keeper import find_gcs
 from deployments.up import RAY_ENV
 
@@ -200,17 +200,6 @@ def wait_until(holds: Callable[[], bool], limit_s: float, what: str, poll_s: flo
             raise TimeoutError(f"not within {limit_s:.0f} s: {what}")
         time.sleep(poll_s)
     return time.monotonic() - start
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 def _title(pid: int) -> str:

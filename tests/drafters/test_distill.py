@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import VOCAB
-from tiny_models import chain, save_target
+from tiny_models import chain, save_target, training_arguments
 
 from cluster.core.config import StageConfig
 from cluster.core.errors import ConfigError
@@ -21,29 +20,13 @@ from cluster.engine.rank import Rank, rank_of
 from drafters import Ask, TargetFacts, create
 from drafters.distilled import find_draft, load_draft
 from drafters.training import distill
+from drafters.training.trainer import run
 
 HEAD_TOKENS = 96
 
 
-def arguments(target: Path, chats: Path, out: Path, **changes: Any) -> argparse.Namespace:
-    settings = {
-        "model": str(target),
-        "chats": [chats],
-        "out": out,
-        "work": out.with_name("work"),
-        "layers": "0,2,3",
-        "rank": 8,
-        "head_tokens": HEAD_TOKENS,
-        "epochs": 4,
-        "batch_tokens": 128,
-        "max_tokens": None,
-        "longest": 64,
-        "lr": 5e-3,
-        "seed": 0,
-        "threads": 1,
-        "save_every_s": 1e9,
-    }
-    return argparse.Namespace(**{**settings, **changes})
+def arguments(target: Path, chats: Path, out: Path) -> argparse.Namespace:
+    return training_arguments(target, chats, out, layers="0,2,3", rank=8, epochs=4)
 
 
 def draft_rank(folder: Path, target: Path) -> Rank:
@@ -55,28 +38,28 @@ def draft_rank(folder: Path, target: Path) -> Rank:
 @pytest.fixture(scope="module")
 def draft(target: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "draft"
-    distill.distil(arguments(target, chats, folder))
+    run(distill.Distillation, arguments(target, chats, folder))
     return folder
 
 
 def test_training_brings_the_draft_closer_to_the_target(target: Path, chats: Path, tmp_path: Path) -> None:
     work = distill.Distillation(target, arguments(target, chats, tmp_path / "draft"))
-    losses = [work.train(batch)[0] for batch in work.batches()]
+    losses = [work.train(batch) for batch in work.batches()]
     assert len(losses) == work.num_steps
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 
 
 def test_the_engine_computes_what_was_trained(target: Path, chats: Path, draft: Path, tmp_path: Path) -> None:
     work = distill.Distillation(target, arguments(target, chats, tmp_path / "draft"))
-    values = distill.trained(work.student)
+    values = work.trained()
     with torch.no_grad():
         for name, value in load_file(draft / "draft.safetensors").items():
             if name != "head_tokens":
                 values[name].copy_(value)
-    work.student.float()
+    work.module.float()
     tokens = [5, 9, 17, 30, 5]
-    states = work.student(input_ids=torch.tensor([tokens])).last_hidden_state[0]
-    expected = states @ work._head.float().T
+    states = work.module(input_ids=torch.tensor([tokens])).last_hidden_state[0]
+    expected = states @ work.head.float().T
     rank = draft_rank(draft, target)
     logits = rank.forward([chain(rank.kv.allocate(), tokens)])
     assert torch.allclose(logits[:, work.head_tokens], expected, atol=0.05)  # trained on weights in bf16
@@ -93,7 +76,7 @@ def test_a_run_that_is_broken_off_goes_on_to_the_same_end(
     for _, batch in zip(range(7), first.batches()):
         first.train(batch)
     torch.save(first.state(), args.work / "state.pt")
-    distill.distil(args)
+    run(distill.Distillation, args)
     whole, resumed = (load_file(folder / "draft.safetensors") for folder in (draft, args.out))
     assert whole.keys() == resumed.keys()
     assert all(torch.allclose(whole[name].float(), resumed[name].float(), atol=1e-2) for name in whole)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import VOCAB
-from tiny_models import save_target
+from tiny_models import save_target, training_arguments
 
 from cluster.core.errors import ConfigError, UnknownSession
 from cluster.core.token_tree import TokenTree
@@ -24,6 +24,7 @@ from drafters.mlp_speculator import MlpSpeculator, load_mlp
 from drafters.options import MlpOptions
 from drafters.shipped_store import tokenizer_of
 from drafters.training import train_head
+from drafters.training.trainer import run
 
 HIDDEN, HEAD_TOKENS = 64, 96
 
@@ -141,36 +142,17 @@ def test_trees_follow_the_commits(setting: tuple[MlpSpeculator, Verifier, int], 
         drafter.commit("s", [1])
 
 
-def arguments(target: Path, chats: Path, out: Path, **changes: Any) -> argparse.Namespace:
-    settings = {
-        "model": str(target),
-        "chats": [chats],
-        "out": out,
-        "work": out.with_name("work"),
-        "blocks": 1,
-        "inner": 48,
-        "head_tokens": HEAD_TOKENS,
-        "depth": 3,
-        "places": 1.0,
-        "epochs": 6,
-        "batch_tokens": 128,
-        "max_tokens": None,
-        "longest": 64,
-        "lr": 5e-3,
-        "seed": 0,
-        "threads": 1,
-        "save_every_s": 1e9,
-    }
-    return argparse.Namespace(**{**settings, **changes})
+def arguments(target: Path, chats: Path, out: Path) -> argparse.Namespace:
+    return training_arguments(target, chats, out, blocks=1, inner=48, depth=3, places=1.0, epochs=6)
 
 
 def test_training_lowers_the_loss_and_goes_on_where_it_was(target: Path, chats: Path, tmp_path: Path) -> None:
     args = arguments(target, chats, tmp_path / "head")
-    work = train_head.HeadTraining(target, args)
+    work = train_head.HeadTrainer(target, args)
     losses = [work.train(batch) for _, batch in zip(range(30), work.batches())]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     torch.save(work.state(), args.work / "state.pt")
-    reached = train_head.train_head(args)
+    reached = run(train_head.HeadTrainer, args)
     assert reached["steps"] == work.num_steps > 30
     assert len(reached["agreement_on_unseen_chats"]) == 3
     load_mlp(args.out, target, make_rank(target, "float32"))

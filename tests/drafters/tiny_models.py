@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -130,3 +131,22 @@ def save_target(folder: Path, words: str = "w") -> Path:
     )
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=f"{words}0").save_pretrained(folder)
     return folder
+
+
+def training_arguments(target: Path, chats: Path, out: Path, **own: object) -> argparse.Namespace:
+    """What ``drafters.training.trainer`` wants, for a run of a second; ``own``: the trainer's own arguments."""
+    settings = {
+        "model": str(target),
+        "chats": [chats],
+        "out": out,
+        "work": out.with_name("work"),
+        "head_tokens": 96,
+        "batch_tokens": 128,
+        "max_tokens": None,
+        "longest": 64,
+        "lr": 5e-3,
+        "seed": 0,
+        "threads": 1,
+        "save_every_s": 1e9,
+    }
+    return argparse.Namespace(**{**settings, **own})
