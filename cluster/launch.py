@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from cluster.engine.tensor_parallel import RankPlan
     from cluster.tree_engine import TreeEngine
+    from cluster.vllm_engine import VllmEngine
 
 log = logging.getLogger(__name__)
 
@@ -191,3 +192,13 @@ def launch_engine(config: ServiceConfig) -> TreeEngine:
         lambda info: RayDraftTransport(verifier, config.drafters_app, config.remote_stages, info.tokenizer_hash),
         recruit=RayCrew,
     )
+
+
+def launch_vllm(config: ServiceConfig) -> VllmEngine:
+    """vLLM in a Target replica. Its own processes reach the drafters; this one only tells them where."""
+    from cluster.vllm_engine import VllmEngine
+    from cluster.vllm_hook import LOCAL
+
+    if not config.remote_stages:
+        return VllmEngine(config, LOCAL)
+    return VllmEngine(config, f"{ray.get_runtime_context().gcs_address}/{config.drafters_app}")

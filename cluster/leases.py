@@ -17,6 +17,7 @@ from typing import Any
 from ray import serve
 
 from cluster.core.errors import ConfigError
+from cluster.core.types import STAGE_NAMES
 from cluster.rounds.messages import PROTOCOL_VERSION, DraftAsk, DraftReply, Lease
 from cluster.rounds.pipeline import ChainAsk
 
@@ -33,6 +34,12 @@ Fail = Callable[[str, Sequence[str]], None]
 def deployment_name(stage: str) -> str:
     """Name of a stage's ``Draft`` deployment."""
     return f"Draft-{stage}"
+
+
+def draft_stages(app: str) -> list[str]:
+    """Stages that the application has, in chain order; none where there is no such application."""
+    status = serve.status().applications.get(app)
+    return [stage for stage in STAGE_NAMES if status is not None and deployment_name(stage) in status.deployments]
 
 
 class RayDraftTransport:

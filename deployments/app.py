@@ -19,14 +19,15 @@ from deployments.draft import Draft, Drafters
 from deployments.ingress import Ingress
 from deployments.target import Target
 
-TREE_ENGINE = "cluster.launch:launch_engine"
+ENGINES = {"tree": "cluster.launch:launch_engine", "vllm": "cluster.launch:launch_vllm"}
 CONTROL_CALLS = 64
 """Calls besides generations that a target answers at once: info, load, abort."""
 
 
 def build_service(args: dict[str, Any]) -> serve.Application:
     """The ``paceline`` application: doors and target. Raises ``ConfigError`` for ``args`` it cannot serve."""
-    return service_application(parse_config(ServiceConfig, args), TREE_ENGINE)
+    config = parse_config(ServiceConfig, args)
+    return service_application(config, ENGINES[config.llm_engine])
 
 
 def service_application(config: ServiceConfig, engine_factory: str) -> serve.Application:

@@ -39,6 +39,8 @@ RAY_ENV = {
     # Ray would run the engine at niceness 15: whatever else wants a core would take it.
     "RAY_worker_niceness": "0",
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "3",
+    # Every streamed item and every draft is a call; Ray's record of calls would grow by tens of MB per 1,000 requests.
+    "RAY_task_events_report_interval_ms": "0",
     # Replace a dead proxy or replica in seconds rather than tens of seconds.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     # Let the autoscaler see load changes quickly.

@@ -37,6 +37,7 @@ OURS = Family("ours", one_worker=True, ours=True)
 SERVICE = Family("service", one_worker=True, cluster=True, ours=True)
 TRANSFORMERS = Family("transformers")
 VLLM = Family("vllm", peer="vllm")
+VLLM_PACELINE = Family("vllm", peer="vllm", cluster=True)
 LLAMA_CPP = Family("llama_cpp", peer="llama_cpp")
 
 ENGINES = {
@@ -55,6 +56,8 @@ ENGINES = {
     "vllm": Kind(VLLM, "vLLM-CPU, compiled"),
     "vllm_ngram": Kind(VLLM, "vLLM-CPU, n-gram speculation"),
     "vllm_suffix": Kind(VLLM, "vLLM-CPU, suffix decoding (arctic-inference)"),
+    "vllm_paceline_local": Kind(VLLM, "vLLM-CPU, this project's n-gram drafter in its process"),
+    "vllm_paceline": Kind(VLLM_PACELINE, "vLLM-CPU, this project's draft workers over Ray"),
     "llama_cpp": Kind(LLAMA_CPP, "llama.cpp through llama-cpp-python", 1),
     "llama_cpp_lookup": Kind(LLAMA_CPP, "llama-cpp-python with LlamaPromptLookupDecoding", 1),
 }

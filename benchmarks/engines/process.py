@@ -76,11 +76,11 @@ class Worker:
 
     def pause(self) -> None:
         """Stop every process of the engine; it costs no time while others run. Without effect once it has failed."""
-        if not self.family.cluster:
-            return self._signal(signal.SIGSTOP)
-        with contextlib.suppress(Unavailable):
-            self._stopped = self._processes()
-            _signal_all(self._stopped, signal.SIGSTOP)
+        if self.family.cluster:
+            with contextlib.suppress(Unavailable):
+                self._stopped = self._processes()
+                _signal_all(self._stopped, signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
         self._signal(signal.SIGCONT)

@@ -30,7 +30,7 @@ READY_TIMEOUT_S = 30.0
 
 class Loaded(Defaults):
     def __init__(self, setup: Setup) -> None:
-        self._own = OwnService(Path(setup.config)) if setup.address is None else None
+        self._own = OwnCluster(Path(setup.config)) if setup.address is None else None
         address = self._own.address if self._own else setup.address
         self._channel = grpc.insecure_channel(address)
         self._stub = generation_pb2_grpc.GenerationStub(self._channel)
@@ -91,12 +91,16 @@ class Loaded(Defaults):
             self._own.stop()
 
 
-class OwnService:
-    """Ray and the applications of a Serve config file, on free ports, in a folder of its own."""
+class OwnCluster:
+    """Ray and the applications of a Serve config file, on free ports, in a folder of its own.
+
+    ``gcs``: where Ray is. ``address``: of the gRPC door, if there is one.
+    """
 
     def __init__(self, config: Path) -> None:
         document = yaml.safe_load(config.read_text())
-        document["http_options"]["port"], document["grpc_options"]["port"] = free_ports(2)
+        for options, port in zip(("http_options", "grpc_options"), free_ports(2)):
+            document[options]["port"] = port
         self.address = f"127.0.0.1:{document['grpc_options']['port']}"
         self._folder = Path(tempfile.mkdtemp(prefix="paceline-bench-"))
         file = self._folder / "service.yaml"
@@ -107,7 +111,9 @@ class OwnService:
             up.prepare(document)
             self.dashboard = up.start_ray()
             up.deploy(file, {application["name"] for application in document["applications"]}, self.dashboard)
-            up.wait_until_serving(self.address)
+            self.gcs = f"127.0.0.1:{json.loads(up.STATE.read_text())['port']}"
+            if any(application["route_prefix"] for application in document["applications"]):
+                up.wait_until_serving(self.address)
         except up.SetupError as error:
             self.stop()
             raise Unavailable(f"the service does not start: {error}") from error
@@ -124,9 +130,10 @@ class OwnService:
 
 
 def environment(setup: Setup) -> dict[str, str]:
-    """``ray`` and ``serve`` are found beside the interpreter; drivers and replicas import this project."""
-    return {"OMP_NUM_THREADS": str(len(own_cores()[: setup.threads])), "PYTHONUNBUFFERED": "1", "PATH": _path()}
+    threads = {"OMP_NUM_THREADS": str(len(own_cores()[: setup.threads]))}
+    return threads | cluster_environment(Path(sys.executable).parent)
 
 
-def _path() -> str:
-    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+def cluster_environment(tools: Path) -> dict[str, str]:
+    """``ray`` and ``serve`` are found in ``tools``; drivers and replicas import this project."""
+    return {"PYTHONUNBUFFERED": "1", "PATH": os.pathsep.join([str(tools), os.environ.get("PATH", "")])}

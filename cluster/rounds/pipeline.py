@@ -22,8 +22,7 @@ from cluster.core.errors import InvalidTree
 from cluster.core.token_tree import MAX_NODES, TokenTree
 from cluster.core.types import Commit, Origin, StageStats
 from cluster.rounds.messages import DraftAsk, DraftReply, SessionStart
-from cluster.rounds.session import Session
-from cluster.rounds.session_drafts import Counts, Draft, SessionDrafts, count_nodes
+from cluster.rounds.session_drafts import Counts, Draft, Drafted, SessionDrafts, count_nodes
 from cluster.rounds.stage_record import StageRecord
 
 log = logging.getLogger(__name__)
@@ -107,7 +106,7 @@ class Pipeline:
         self._sessions: dict[str, SessionDrafts] = {}
         self._arrived = threading.Condition()
 
-    def open(self, session: Session, stages: Sequence[str]) -> None:
+    def open(self, session: Drafted, stages: Sequence[str]) -> None:
         """Announce a session; leases for those of ``stages`` that are there are opened in the background."""
         with self._arrived:
             self._sessions[session.id] = SessionDrafts(session)
@@ -168,7 +167,7 @@ class Pipeline:
             known = [self._sessions.get(session_id) for session_id in session_ids]
             return all(one is not None and any(not self._records[s].open for s in one.held) for one in known)
 
-    def ask(self, wishes: Sequence[tuple[Session, Sequence[str], int]]) -> set[str]:
+    def ask(self, wishes: Sequence[tuple[Drafted, Sequence[str], int]]) -> set[str]:
         """Ask for trees on the sessions' present state: (session, stages, max nodes). Returns at once.
 
         Returns the ids of sessions for which a tree is now under way. A stage that does not hold a session yet is sent
@@ -195,6 +194,7 @@ class Pipeline:
                         if self._run_ahead:
                             known.look_up()
                         known.chain, known.waiting_for, known.asked_s = tuple(chain), session.key, self._clock()
+                        known.silent_since_s = min(known.silent_since_s, known.asked_s)
                         under_way.add(session.id)
             if probe is not None and any(probe in chain.asks for chain in chains):
                 self._records[probe].last_probe = self._clock()
@@ -208,23 +208,30 @@ class Pipeline:
             known = self._sessions.get(session_id)
             return known is not None and known.waiting and self._clock() < known.asked_s + timeout_s
 
-    def collect(self, sessions: Sequence[Session], timeout_s: float) -> dict[str, TokenTree]:
+    def collect(
+        self, sessions: Sequence[Drafted], timeout_s: float, late_after_s: float | None = None
+    ) -> dict[str, TokenTree]:
         """Trees that hang on the sessions' present state; those still under way may take ``timeout_s`` from the ask on.
 
         Where a chain's last stage did not answer in time, an earlier one's tree is taken, and the first stage that did
-        not answer has missed its deadline.
+        not answer has missed its deadline. ``late_after_s``: whoever rather goes on than wait may allow more, counted
+        from the first ask since the session's last answer.
         """
         with self._arrived:
-            self._patience = timeout_s
+            self._patience = timeout_s if late_after_s is None else late_after_s
             mine = [known for session in sessions if (known := self._sessions.get(session.id))]
             asked = [known for known in mine if known.waiting_for is not None]
             while under_way := [known.asked_s for known in mine if known.waiting]:
                 left = max(under_way) + timeout_s - self._clock()
                 if left <= 0 or not self._arrived.wait(left):
                     break
-            late = {next(stage for stage in k.chain if stage not in k.heard) for k in mine if k.waiting}
-            in_time = {stage for known in mine for stage in known.heard.intersection(known.chain)}
             now = self._clock()
+            late = {
+                next(stage for stage in k.chain if stage not in k.heard)
+                for k in mine
+                if k.waiting and (late_after_s is None or now - k.silent_since_s >= late_after_s)
+            }
+            in_time = {stage for known in mine for stage in known.heard.intersection(known.chain)}
             for stage in late:
                 self._records[stage].missed(now)
             for stage in in_time - late:
@@ -263,7 +270,7 @@ class Pipeline:
     def _start(self, known: SessionDrafts, stage: str) -> DraftAsk:
         session = known.session
         known.started[stage] = self._clock()
-        start = SessionStart(tuple(session.tokens), session.prompt_len, session.params, session.request.owner)
+        start = SessionStart(tuple(session.tokens), session.prompt_len, session.params, session.owner)
         return DraftAsk(Commit(session.key, session.base, ()), 0, 0, start)
 
     # --- what comes back: any thread, any order, any number of times
@@ -290,6 +297,7 @@ class Pipeline:
             for session_id, length in report.held.items():
                 known = self._sessions.get(session_id)
                 if known and length <= known.session.base:  # more than was ever sent is rubbish
+                    known.silent_since_s = math.inf
                     known.held[report.stage] = max(length, known.held.get(report.stage, 0))
                     if known.waiting_for and known.waiting_for.base == length and session_id not in reply.trees:
                         known.heard.add(report.stage)

@@ -82,6 +82,10 @@ class Session:
         self._text.take()
 
     @property
+    def owner(self) -> str:
+        return self.request.owner
+
+    @property
     def base(self) -> int:
         return len(self.tokens)
 

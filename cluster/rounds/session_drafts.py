@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from cluster.core.token_tree import TokenTree
-from cluster.core.types import Origin, TreeKey
-from cluster.rounds.session import Session
+from cluster.core.types import Origin, SamplingParams, TreeKey
 
 WORTH_TAKING = 0.25  # accepted nodes that a tree from the cache must promise; else the round waits for a fresh one
 
@@ -24,6 +24,40 @@ Counts = npt.NDArray[np.int64]
 def count_nodes(tree: TokenTree) -> Counts:
     """By who guessed them first. The tree is a checked one."""
     return np.bincount(tree.stages, minlength=len(Origin))
+
+
+class Drafted(Protocol):
+    """A text being generated, as far as drafters care: a ``Session``, or a row of another engine's batch."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and output so far."""
+        ...
+
+    @property
+    def prompt_len(self) -> int: ...
+
+    @property
+    def params(self) -> SamplingParams: ...
+
+    @property
+    def owner(self) -> str: ...
+
+    @property
+    def base(self) -> int:
+        """How many tokens there are."""
+        ...
+
+    @property
+    def key(self) -> TreeKey: ...
+
+    @property
+    def max_depth(self) -> int:
+        """How deep a tree may be."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +75,18 @@ class SessionDrafts:
 
     ``present``: the state last asked about; the session itself may be moving on while a reply is looked at. ``chain``,
     ``heard``, ``trees``: stages of the ask under way, those that answered it, and with what; ``asked_s``: when it was
-    sent. ``leased``: whether workers were asked for. ``newest``: the last draft that came, in time or not;
-    ``verified``: how many of its nodes were; ``cached``: what the latest tokens have left of it.
+    sent; ``silent_since_s``: the first ask since the last answer. ``leased``: whether workers were asked for.
+    ``newest``: the last draft that came, in time or not; ``verified``: how many of its nodes were; ``cached``: what the
+    latest tokens have left of it.
     """
 
-    session: Session
+    session: Drafted
     held: dict[str, int] = field(default_factory=dict)
     started: dict[str, float] = field(default_factory=dict)
     leased: bool = False
     present: TreeKey | None = None
     asked_s: float = -math.inf
+    silent_since_s: float = math.inf
     waiting_for: TreeKey | None = None
     chain: tuple[str, ...] = ()
     heard: set[str] = field(default_factory=set)

