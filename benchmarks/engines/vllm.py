@@ -122,10 +122,10 @@ class Loaded(Defaults):
         return {
             "tokens": float(self._generated),
             "accepted": float(found.get("vllm:spec_decode_num_accepted_tokens", 0)),
-            **{f"drafts_{key}": float(value) for key, value in self._drafts().items()},
+            **{f"drafts_{key}": float(value) for key, value in self._drafts().items() if not isinstance(value, dict)},
         }
 
-    def _drafts(self) -> dict[str, float]:
+    def _drafts(self) -> dict[str, Any]:
         """What our proposer counts; empty under other methods."""
         return self._llm.collective_rpc("paceline_report")[0] or {}
 

@@ -44,6 +44,8 @@ class ChainReport:
     drafted: int
     waited_s: float
     seconds: float
+    worker_pids: dict[str, int]
+    deadline_misses: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +117,18 @@ class ChainDrafter:
         pipeline = self._pipeline
         with self._lock:
             seconds = statistics.median(self._calls) if self._calls else 0.0
-            counts = pipeline.wanted, pipeline.cached, pipeline.missing
-            return ChainReport(self._steps, self._rows, *counts, self._drafted, self._waited_s, seconds)
+            return ChainReport(
+                steps=self._steps,
+                rows=self._rows,
+                wanted=pipeline.wanted,
+                cached=pipeline.cached,
+                missing=pipeline.missing,
+                drafted=self._drafted,
+                waited_s=self._waited_s,
+                seconds=seconds,
+                worker_pids=dict(pipeline.worker_pids),
+                deadline_misses=pipeline.misses,
+            )
 
     def reap(self) -> None:
         """Let the workers of rows that have ended go."""

@@ -55,7 +55,7 @@ def test_output_is_vllms_own_before_and_after_a_drafters_death(drafting: Engine,
     assert before["cached"] > 0
     assert drafting.load().stats.accepted["small"] > 0
 
-    os.kill(_worker(), signal.SIGKILL)
+    os.kill(before["worker_pids"]["small"], signal.SIGKILL)
     assert drafting.outputs(prompts, 3, TOKENS) == plain
     deadline = time.monotonic() + 60
     while drafting.report()["drafted"] <= before["drafted"] + 50:  # Ray restarts the worker; leases come again
@@ -69,25 +69,3 @@ def test_rows_that_ended_hold_no_worker(drafting: Engine, prompts: list[list[int
     while sessions():
         assert time.monotonic() < deadline
         time.sleep(0.5)
-
-
-def _worker() -> int:
-    """The draft worker's process, by Ray's own name of it."""
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            try:
-                with open(f"/proc/{entry.name}/cmdline") as file:
-                    name = file.read()
-            except OSError:
-                continue
-            if name.startswith("ray::DraftActor") and _ours(int(entry.name)):
-                return int(entry.name)
-    raise AssertionError("no draft worker")
-
-
-def _ours(pid: int) -> bool:
-    """Whether it belongs to this test's own Ray, whatever else runs on the machine."""
-    import ray
-
-    with open(f"/proc/{pid}/environ") as file:
-        return ray.get_runtime_context().gcs_address in file.read()
