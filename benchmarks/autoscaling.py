@@ -23,7 +23,7 @@ from typing import Any
 import grpc
 import yaml
 
-from benchmarks.engines.service import OwnService
+from benchmarks.engines.service import OwnCluster
 from benchmarks.provenance import provenance
 from deployments import up
 from protos import generation_pb2 as pb
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(configuration(), file)
         file.flush()
-        service = OwnService(Path(file.name))
+        service = OwnCluster(Path(file.name))
     try:
         samples, load = trace(service, args.waves, args.seconds)
     finally:
@@ -134,7 +134,7 @@ def configuration() -> dict[str, Any]:
     return document
 
 
-def trace(service: OwnService, waves: list[int], seconds: float) -> tuple[list[Sample], Load]:
+def trace(service: OwnCluster, waves: list[int], seconds: float) -> tuple[list[Sample], Load]:
     load, samples, start = Load(service.address), list[Sample](), time.monotonic()
     for number, streams in enumerate(waves):
         load.want(streams)

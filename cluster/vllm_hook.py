@@ -43,7 +43,7 @@ EXTRA_ARG = "paceline_max_drafts"
 """Key of ``SamplingParams.extra_args``: guesses the request may be given, 0 for none."""
 VERSIONS = ("0.32",)
 RETRY_S = 2.0
-TREE_NODES = 96  # asked of remote stages for each row: its chain, and what the next one may be
+TREE_NODES = 160  # asked of remote stages for each row: its chain, and what the next one may be
 LOCAL_NODES_PER_DRAFT = 3
 MAX_ROWS = 1024
 GCS_PATIENCE_S = "86400"  # Ray ends a driver whose GCS is away for a minute; this driver is somebody's vLLM

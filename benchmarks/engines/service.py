@@ -105,7 +105,6 @@ class OwnCluster:
         self._folder = Path(tempfile.mkdtemp(prefix="paceline-bench-"))
         file = self._folder / "service.yaml"
         file.write_text(yaml.safe_dump(document))
-        os.environ.update(up.RAY_ENV)
         os.chdir(self._folder)  # `deployments.up` keeps its state and logs below the current folder
         try:
             up.prepare(document)
@@ -135,5 +134,6 @@ def environment(setup: Setup) -> dict[str, str]:
 
 
 def cluster_environment(tools: Path) -> dict[str, str]:
-    """``ray`` and ``serve`` are found in ``tools``; drivers and replicas import this project."""
-    return {"PYTHONUNBUFFERED": "1", "PATH": os.pathsep.join([str(tools), os.environ.get("PATH", "")])}
+    """``ray`` and ``serve`` are found in ``tools``. Ray reads its variables when it is imported."""
+    path = os.pathsep.join([str(tools), os.environ.get("PATH", "")])
+    return {**up.RAY_ENV, "PYTHONUNBUFFERED": "1", "PATH": path}

@@ -183,6 +183,8 @@ class ChainDrafter:
         waiting = sum(pipeline.awaits(text.id, math.inf) for text in texts)
         start = self._clock()
         patience = min(WAIT_SHARE, WAIT_PER_TOKEN * self._gain) * step_s * waiting / max(1, len(texts))
+        if pipeline.reply_s > patience:  # it would pass before most replies are there
+            patience = 0.0
         trees = pipeline.collect(texts, patience, max(LATE_AFTER_STEPS * step_s, LATE_AFTER_MIN_S))
         self._waited_s += self._clock() - start
         return trees

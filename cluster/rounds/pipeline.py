@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 PROBE_INTERVAL_S = 1.0  # a stage that is left out is asked again this often, without anyone waiting for it
 START_INTERVAL_S = 1.0  # a stage is sent a session's start this often at most
 MAX_DEPTH = 32
+REPLY_WEIGHT = 0.1  # of the newest reply in how long replies take
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,7 @@ class Pipeline:
         self.wanted = 0  # rounds of a session for which its stages were asked ...
         self.cached = 0  # ... and in which the cache had its tree already
         self.missing = 0  # ... or in which no tree came in time
+        self.reply_s = 0.0  # from an ask to its chain's last tree, of late
         self.worker_pids: dict[str, int] = {}
         self._transport = transport
         self._vocab_size = vocab_size
@@ -326,6 +328,8 @@ class Pipeline:
             record.late += 1
             self._waste(count_nodes(tree))
             return
+        if tree.key == known.present and stage == self.stages[-1]:
+            self.reply_s += REPLY_WEIGHT * (now - known.asked_s - self.reply_s)
         draft = Draft(tree, stage, now)
         self._waste(known.keep(draft))
         if in_time:
