@@ -132,12 +132,15 @@ def readme_section(summary: Summary) -> str:
 
 def write_readme(readme: Path, summary: Summary) -> None:
     """Replace what stands between the markers. Raises ``ValueError`` where they are missing."""
-    text = readme.read_text()
-    start, end = (text.find(marker) for marker in MARKERS)
+    readme.write_text(between(readme.read_text(), MARKERS, readme_section(summary)))
+
+
+def between(text: str, markers: tuple[str, str], content: str) -> str:
+    """``text`` with ``content`` between its markers. Raises ``ValueError`` where they are missing."""
+    start, end = (text.find(marker) for marker in markers)
     if start < 0 or end < start:
-        raise ValueError(f"{readme} has no {MARKERS[0]} ... {MARKERS[1]}")
-    before, after = text[: start + len(MARKERS[0])], text[end:]
-    readme.write_text(f"{before}\n{readme_section(summary)}\n{after}")
+        raise ValueError(f"there is no {markers[0]} ... {markers[1]} in the text")
+    return f"{text[: start + len(markers[0])]}\n{content}\n{text[end:]}"
 
 
 def plot(summary: Summary, file: Path) -> bool:
@@ -203,6 +206,11 @@ def _speed_and_ratio(entry: dict[str, Any] | None) -> str:
     if entry is None:
         return ""
     return f"{entry['tokens_per_s']:.1f}" + (f" ({entry['ratio']:.2f})" if entry["ratio"] else "")
+
+
+def table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose first column is text and whose others are figures."""
+    return "\n".join([*_header(names), *(_row(cells) for cells in rows)])
 
 
 def _header(names: Sequence[str]) -> list[str]:

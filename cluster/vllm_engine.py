@@ -25,6 +25,7 @@ from cluster.core.errors import (
     EngineUnavailable,
     InvalidArgument,
     Overloaded,
+    PacelineError,
 )
 from cluster.core.types import GenerateRequest, Health, Load, ModelInfo, Origin, StreamItem, tokenizer_hash
 from cluster.engine.weights import eos_token_ids, load_tokenizer, read_config, resolve_model
@@ -96,22 +97,18 @@ class VllmEngine:
         if session.finish_reason is not None:  # its resumed tokens hold a stop already
             yield session.closing_item()
             return
-        call = self._calls[request.request_id] = _Call(session.id)
-        deadline = None if request.timeout_s is None else time.monotonic() + request.timeout_s
         outputs = self._start_request(request, session)
+        call = self._calls[request.request_id] = _Call(session.id)
+        deadline = None if request.timeout_s is None else asyncio.get_running_loop().time() + request.timeout_s
         try:
-            if not self._attached and self._speculates:
-                self._attached = True
-                await self._llm.collective_rpc("paceline_attach")
+            await self._attach()
             while session.finish_reason is None:
-                left = None if deadline is None else deadline - time.monotonic()
-                async with asyncio.timeout(left):
+                async with asyncio.timeout_at(deadline):
                     output = await anext(outputs)
                 if call.aborted:
                     raise Aborted(f"request {request.request_id} was aborted")
                 (completion,) = output.outputs
-                if session.num_admitted == 0:
-                    session.num_admitted, session.cached_tokens = 1, output.num_cached_tokens or 0
+                session.cached_tokens = output.num_cached_tokens or 0
                 if token_ids := completion.token_ids:
                     guessed = len(token_ids) - 1  # a step yields the guesses it accepted, and one token more
                     origins = [self._guesser] * guessed + [Origin.TARGET]
@@ -192,6 +189,12 @@ class VllmEngine:
             raise InvalidArgument("request_id", f"{request.request_id!r} is running already")
         if len(self._calls) >= self._max_waiting:
             raise Overloaded(f"{len(self._calls)} requests run or wait; allowed: {self._max_waiting}")
+
+    async def _attach(self) -> None:
+        """Once: let the proposer see what requests wish."""
+        if self._speculates and not self._attached:
+            self._attached = True
+            await self._llm.collective_rpc("paceline_attach")
 
     def _start_request(self, request: GenerateRequest, session: Session) -> Any:
         from vllm import SamplingParams
@@ -288,8 +291,6 @@ def _start(args: dict[str, Any], counters: StatLogger) -> Any:
 
 def _typed(error: Exception, llm: Any) -> Exception:
     """What went wrong, as an error of ours: a dead engine's requests can go on elsewhere."""
-    from cluster.core.errors import PacelineError
-
     if isinstance(error, PacelineError):
         return error
     if llm.errored:

@@ -1,0 +1,214 @@
+"""The tables of docs/methods.md, made from the files in benchmarks/results.
+
+    python -m benchmarks.method_tables
+    python -m benchmarks.method_tables --check
+
+The first writes every table anew, between its markers (``<!-- table NAME -->`` ... ``<!-- /table NAME -->``). With
+``--check`` nothing is written: tables that the results contradict are named, and the exit status is 1.
+
+What the papers claim stands here, beside the figures it is compared with. Most of it is from abstracts, released code
+and other people's summaries; values with ~ were read off plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
+RESULTS = Path(__file__).with_name("results")
+FILES = ("staged", "accepted_length", "side_by_side_short", "swift", "coupling")
+
+BESIDE = ["", "the paper", "here"]
+ABSENT, BELOW = "not measured", "below"
+LARGEST = 36  # nodes: the size of the staged paper's trees
+LOOKED_UP = 16  # nodes of the n-gram trees that are compared
+SPEEDS = ("plain", "sssd", "vllm_ngram", "vllm_suffix", "llama_cpp_lookup", "service_plain", "service")
+
+Result = dict[str, Any]
+Results = Mapping[str, Result]
+
+
+def staged(results: Results) -> str:
+    """Every form and size that was replayed."""
+    found = results["staged"]
+    names = ["form", "nodes", "tokens a round", "draft passes a round", "weights read a token", "by small", "by medium"]
+    rows = []
+    for row in found["rows"]:
+        origins = [f"{100 * row['tokens_by_origin'].get(stage, 0):.1f} %" for stage in ("small", "medium")]
+        length, passes = f"{row['accepted_length']:.2f}", f"{row['draft_passes_per_round']:.2f}"
+        traffic = f"{row['relative_weight_traffic']:.3f}"
+        rows.append([row["form"], str(row["nodes"]), length, passes, traffic, *origins])
+    return _with_source(report.table(names, rows), found, f"{found['records']} recorded greedy answers")
+
+
+def staged_paper(results: Results) -> str:
+    """Relative weight traffic of the greedy runs, and the sizes behind it."""
+    found = results["staged"]
+    row = {entry["form"]: entry for entry in found["rows"] if entry["nodes"] == LARGEST}
+    read = {form: f"{entry['relative_weight_traffic']:.2f}" for form, entry in row.items()}
+    better = max(row[form]["accepted_length"] for form in ("small", "medium, tree"))
+    rows = [
+        ["nodes of a tree", "36", str(LARGEST)],
+        ["weights a draft pass reads, by the target's", "1/20 to 1/15", f"1/{1 / found['draft_weight']:.0f}"],
+        ["weights read a token, n-grams alone", "none given", read["small"]],
+        ["weights read a token, draft model alone", "0.31 (a chain)", f"{read['medium, tree']} (a tree)"],
+        ["weights read a token, staged", "0.23", read["staged, tree"]],
+        [
+            "tokens a round, staged by the better stage",
+            "none given",
+            f"{row['staged, tree']['accepted_length'] / better:.2f}",
+        ],
+        ["speed by plain decoding's", "3.16", BELOW],
+    ]
+    return report.table(BESIDE, rows)
+
+
+def sssd(results: Results) -> str:
+    """Tokens a round and the time of a proposal, by where SSSD looks."""
+    found = results["accepted_length"]
+    names = ["looks in", "nodes", "tokens a round", "median µs", "95 % within µs"]
+    meaning = {"own": "the text itself", "store": "the store", "both": "both"}
+    rows = []
+    for row in found["rows"]:
+        times = [f"{row['propose_us'][which]:.0f}" for which in ("median", "p95")]
+        rows.append([meaning[row["source"]], str(row["nodes"]), f"{row['accepted_length']:.2f}", *times])
+    stored = max(row["store_tokens"] for row in found["rows"])
+    what = f"{found['records']} recorded greedy answers, a store of {stored:,} tokens"
+    return _with_source(report.table(names, rows), found, what)
+
+
+def sssd_speed(results: Results) -> str:
+    """Speeds beside plain decoding and the peers' look-ups; the report's own table, of fewer engines."""
+    found = results["side_by_side_short"]
+    few = {**found, "settings": {**found["settings"], "engines": SPEEDS}}
+    return f"{report.throughput_table(few, 0.0)}\n\nGreedy. {report.provenance_line(found)}"
+
+
+def sssd_paper(results: Results) -> str:
+    """Speed-up, and whether the two places to look add up."""
+    cells = results["side_by_side_short"]["cells"]
+    (cell,) = [cell for cell in cells if (cell["engine"], cell["concurrency"]) == ("sssd", 1)]
+    ratio = cell["ratios"]["plain"]
+    rows = {row["source"]: row for row in results["accepted_length"]["rows"] if row["nodes"] == LOOKED_UP}
+    gain = {source: f"{row['accepted_length'] - 1:.2f}" for source, row in rows.items()}
+    return report.table(
+        BESIDE,
+        [
+            ["speed by plain decoding's, one session, chat", "~1.7", f"{ratio['point']:.2f}"],
+            ["the same, at most", "2.9", ABSENT],
+            ["the same, with a context of 40,000 tokens", "1.23", ABSENT],
+            ["the same, beginning with an empty store", "1.1 to 1.23", ABSENT],
+            ["accepted tokens a round, text + store", "nearly the sum", f"{gain['own']} + {gain['store']}"],
+            ["accepted tokens a round, both together", "nearly the sum", gain["both"]],
+        ],
+    )
+
+
+def swift(results: Results) -> str:
+    """Matchness of the shipped sets."""
+    found = results["swift"]
+    names = ["left out", "found", "even spread", "random, mean", "random, worst to best"]
+    rows = []
+    for row in found["matchness"]:
+        means = [f"{row[kind]:.3f}" for kind in ("found", "uniform", "random_mean")]
+        drawn = f"{row['random_worst']:.3f} to {row['random_best']:.3f}"
+        rows.append([f"{row['skipped']} of {row['of']}", *means, drawn])
+    tokens, settings = found["matchness"][0]["tokens"], found["settings"]
+    what = (
+        f"{tokens} tokens of {settings['texts']} recorded greedy answers; {settings['random_sets']} random sets a size"
+    )
+    return _with_source(report.table(names, rows), found, what)
+
+
+def swift_paper(results: Results) -> str:
+    """How much is left out, and how often the rest agrees."""
+    rows = results["swift"]["matchness"]
+    shares = " and ".join(f"{row['skipped'] / row['of']:.2f}" for row in rows)
+    agreed = " and ".join(f"{row['found']:.2f}" for row in rows)
+    return report.table(
+        BESIDE,
+        [
+            ["share of inner sub-layers left out", "0.45 (13B)", shares],
+            ["share of guesses that are right", "0.90 to 1.00", agreed],
+            ["speed by plain decoding's", "1.3 to 1.6", BELOW],
+            ["share of all time that the search takes", "0.8 %", ABSENT],
+            ["a set tuned for another task", "1.47 falls to 1.01", ABSENT],
+        ],
+    )
+
+
+def coupling(results: Results) -> str:
+    """The same drafter with and without knowledge of the target's noise."""
+    found = results["coupling"]
+    rows = []
+    for form, meaning in (("coupled", "by the shared noise"), ("uncoupled", "likeliest tokens")):
+        shares = [f"{share:.3f}" for share in found["share_of_rounds_reaching_depth"][form]]
+        rows.append([meaning, f"{found['accepted_length'][form]:.3f}", *shares])
+    depths = [f"reach depth {depth}" for depth in range(1, len(rows[0]) - 1)]
+    text = report.table(["guesses chosen", "tokens a round", *depths], rows)
+    low, high = found["interval"]
+    settings = found["settings"]
+    ratio = f"{found['ratio']:.3f} times as many tokens a round (95 % interval {low:.3f} to {high:.3f})"
+    tokens = f"{found['tokens']:,} tokens of {found['prompts']} prompts, temperature {settings['temperature']:g}"
+    return _with_source(text, found, f"{ratio}; {tokens}, `{settings['skip']}`, {settings['max_nodes']} nodes")
+
+
+def s3d(results: Results) -> str:
+    """Claims alone: no result file speaks of S3D."""
+    rows = [
+        ["speed beside EAGLE, both in 8 bit, on an A10G, at most", "3.9"],
+        ["speed of Phi-3 in half precision beside quantised EAGLE", "1.4 to 2"],
+        ["memory of the two, GiB", "8.06 and 9.63"],
+        ["best number of tokens guessed in a pass", "about 4"],
+    ]
+    return report.table(BESIDE, [[*row, ABSENT] for row in rows])
+
+
+_ALL = (staged, staged_paper, sssd, sssd_speed, sssd_paper, swift, swift_paper, coupling, s3d)
+TABLES: dict[str, Callable[[Results], str]] = {table.__name__: table for table in _ALL}
+
+
+def read_results(folder: Path = RESULTS) -> dict[str, Result]:
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in FILES}
+
+
+def write_one(text: str, name: str, results: Results) -> str:
+    """``text`` with this table made anew. Raises ``ValueError`` where it has no place for it."""
+    return report.between(text, (f"<!-- table {name} -->", f"<!-- /table {name} -->"), f"\n{TABLES[name](results)}\n")
+
+
+def stale(text: str, results: Results) -> list[str]:
+    """The tables that differ from what the results say."""
+    return [name for name in TABLES if write_one(text, name, results) != text]
+
+
+def _with_source(table: str, result: Result, what: str) -> str:
+    """``table``, and below it what was measured, where and when."""
+    where = f"{result['cores']} cores of {result['cpu']}, revision {result['revision']}, {result['date']}"
+    return f"{table}\n\n{what[0].upper()}{what[1:]}; {where}."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="name the tables that are stale instead of writing")
+    args = parser.parse_args(argv)
+    text, results = PAGE.read_text(), read_results()
+    old = stale(text, results)
+    for name in old:
+        print(f"{PAGE.name}: table {name} is {'stale' if args.check else 'written'}", file=sys.stderr)
+        text = write_one(text, name, results)
+    if args.check:
+        return 1 if old else 0
+    PAGE.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
