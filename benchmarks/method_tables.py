@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def sssd_speed(results: Results) -> str:
     """Speeds beside plain decoding and the peers' look-ups; the report's own table, of fewer engines."""
     found = results["side_by_side_short"]
     few = {**found, "settings": {**found["settings"], "engines": SPEEDS}}
-    return f"{report.throughput_table(few, 0.0)}\n\nGreedy. {report.provenance_line(found)}"
+    return f"{report.throughput_table(few, 0.0)}\n\n{_wrapped(f'Greedy. {report.provenance_line(found)}')}"
 
 
 def sssd_paper(results: Results) -> str:
@@ -98,17 +99,15 @@ def sssd_paper(results: Results) -> str:
     ratio = cell["ratios"]["plain"]
     rows = {row["source"]: row for row in results["accepted_length"]["rows"] if row["nodes"] == LOOKED_UP}
     gain = {source: f"{row['accepted_length'] - 1:.2f}" for source, row in rows.items()}
-    return report.table(
-        BESIDE,
-        [
-            ["speed by plain decoding's, one session, chat", "~1.7", f"{ratio['point']:.2f}"],
-            ["the same, at most", "2.9", ABSENT],
-            ["the same, with a context of 40,000 tokens", "1.23", ABSENT],
-            ["the same, beginning with an empty store", "1.1 to 1.23", ABSENT],
-            ["accepted tokens a round, text + store", "nearly the sum", f"{gain['own']} + {gain['store']}"],
-            ["accepted tokens a round, both together", "nearly the sum", gain["both"]],
-        ],
-    )
+    beside = [
+        ["speed by plain decoding's, one session, chat", "~1.7", f"{ratio['point']:.2f}"],
+        ["the same, at most", "2.9", ABSENT],
+        ["the same, with a context of 40,000 tokens", "1.23", ABSENT],
+        ["the same, beginning with an empty store", "1.1 to 1.23", ABSENT],
+        ["accepted tokens a round, text + store", "nearly the sum", f"{gain['own']} + {gain['store']}"],
+        ["accepted tokens a round, both together", "nearly the sum", gain["both"]],
+    ]
+    return report.table(BESIDE, beside)
 
 
 def swift(results: Results) -> str:
@@ -132,16 +131,14 @@ def swift_paper(results: Results) -> str:
     rows = results["swift"]["matchness"]
     shares = " and ".join(f"{row['skipped'] / row['of']:.2f}" for row in rows)
     agreed = " and ".join(f"{row['found']:.2f}" for row in rows)
-    return report.table(
-        BESIDE,
-        [
-            ["share of inner sub-layers left out", "0.45 (13B)", shares],
-            ["share of guesses that are right", "0.90 to 1.00", agreed],
-            ["speed by plain decoding's", "1.3 to 1.6", BELOW],
-            ["share of all time that the search takes", "0.8 %", ABSENT],
-            ["a set tuned for another task", "1.47 falls to 1.01", ABSENT],
-        ],
-    )
+    beside = [
+        ["share of inner sub-layers left out", "0.45 (13B)", shares],
+        ["share of guesses that are right", "0.90 to 1.00", agreed],
+        ["speed by plain decoding's", "1.3 to 1.6", BELOW],
+        ["share of all time that the search takes", "0.8 %", ABSENT],
+        ["speed with a set tuned for another task", "1.47 falls to 1.01", ABSENT],
+    ]
+    return report.table(BESIDE, beside)
 
 
 def coupling(results: Results) -> str:
@@ -192,7 +189,11 @@ def stale(text: str, results: Results) -> list[str]:
 def _with_source(table: str, result: Result, what: str) -> str:
     """``table``, and below it what was measured, where and when."""
     where = f"{result['cores']} cores of {result['cpu']}, revision {result['revision']}, {result['date']}"
-    return f"{table}\n\n{what[0].upper()}{what[1:]}; {where}."
+    return f"{table}\n\n{_wrapped(f'{what}; {where}.')}"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_on_hyphens=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -200,14 +201,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="name the tables that are stale instead of writing")
     args = parser.parse_args(argv)
     text, results = PAGE.read_text(), read_results()
-    old = stale(text, results)
-    for name in old:
-        print(f"{PAGE.name}: table {name} is {'stale' if args.check else 'written'}", file=sys.stderr)
+    for name in (old := stale(text, results)):
+        print(f"{PAGE.name}: table {name} {'is stale' if args.check else 'is written'}", file=sys.stderr)
         text = write_one(text, name, results)
-    if args.check:
-        return 1 if old else 0
-    PAGE.write_text(text)
-    return 0
+    if not args.check:
+        PAGE.write_text(text)
+    return int(args.check and bool(old))
 
 
 if __name__ == "__main__":

@@ -91,12 +91,14 @@ class RowTexts:
                 found.append((None, False))
                 continue
             before, after = row.token_ids[: -row.new], row.token_ids[-row.new :].tolist()
-            same = self._by_mark.get(mark_of(before))
-            text = same.pop() if same else RowText(next(self._numbers), before)
+            if known := self._by_mark.get(mark_of(before)):
+                text, new = known.pop(), False
+            else:
+                text, new = RowText(next(self._numbers), before), True
             text.extend(after)
             text.seen_s, text.max_drafts = now, row.max_drafts
             moved.append(text)
-            found.append((text, not same and text.base - len(after) == text.prompt_len))
+            found.append((text, new))
         for text in moved:
             self._by_mark[text.mark].append(text)
         return found
