@@ -63,9 +63,11 @@ def markdown(summary: Summary) -> str:
 
 def provenance_line(summary: Summary) -> str:
     settings = summary["settings"]
+    runs = max((len(cell["runs"]) for cell in summary["cells"]), default=0)  # fewer than were wanted after a Ctrl-C
     return (
         f"{settings['prompts_measured']} prompts from {settings['categories']} categories, up to"
-        f" {settings['max_tokens']} new tokens, {settings['dtype']}, median of {settings['runs']} interleaved runs;"
+        f" {settings['max_tokens']} new tokens, {settings['dtype']},"
+        f" {f'median of {runs} interleaved runs' if runs > 1 else 'one run'};"
         f" {summary['cores']} cores of {summary['cpu']}, revision {summary['revision']}, {summary['date']}."
     )
 
