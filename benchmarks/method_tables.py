@@ -24,13 +24,13 @@ from benchmarks import report
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
 RESULTS = Path(__file__).with_name("results")
-FILES = ("staged", "accepted_length", "side_by_side_short", "swift", "coupling")
+FILES = ("staged", "accepted_length", "side_by_side", "swift", "coupling")
 
 BESIDE = ["", "the paper", "here"]
 ABSENT, BELOW = "not measured", "below"
 LARGEST = 36  # nodes: the size of the staged paper's trees
 LOOKED_UP = 16  # nodes of the n-gram trees that are compared
-SPEEDS = ("plain", "sssd", "vllm_ngram", "vllm_suffix", "llama_cpp_lookup", "service_plain", "service")
+SPEEDS = ("plain", "sssd", "vllm_ngram", "vllm_suffix", "llama_cpp", "service_plain", "service")
 
 Result = dict[str, Any]
 Results = Mapping[str, Result]
@@ -69,29 +69,28 @@ def staged_paper(results: Results) -> str:
 
 
 def sssd(results: Results) -> str:
-    """Tokens a round and the time of a proposal, by where SSSD looks."""
+    """Tokens a round and the time of a proposal, by where SSSD looks and how much is stored."""
     found = results["accepted_length"]
-    names = ["looks in", "nodes", "tokens a round", "median µs", "95 % within µs"]
+    names = ["looks in", "tokens stored", "nodes", "tokens a round", "median µs", "95 % within µs"]
     meaning = {"own": "the text itself", "store": "the store", "both": "both"}
     rows = []
     for row in found["rows"]:
         times = [f"{row['propose_us'][which]:.0f}" for which in ("median", "p95")]
-        rows.append([meaning[row["source"]], str(row["nodes"]), f"{row['accepted_length']:.2f}", *times])
-    stored = max(row["store_tokens"] for row in found["rows"])
-    what = f"{found['records']} recorded greedy answers, a store of {stored:,} tokens"
-    return _with_source(report.table(names, rows), found, what)
+        where = [meaning[row["source"]], f"{row['store_tokens']:,}", str(row["nodes"])]
+        rows.append([*where, f"{row['accepted_length']:.2f}", *times])
+    return _with_source(report.table(names, rows), found, f"{found['records']} recorded greedy answers")
 
 
 def sssd_speed(results: Results) -> str:
     """Speeds beside plain decoding and the peers' look-ups; the report's own table, of fewer engines."""
-    found = results["side_by_side_short"]
+    found = results["side_by_side"]
     few = {**found, "settings": {**found["settings"], "engines": SPEEDS}}
     return f"{report.throughput_table(few, 0.0)}\n\n{_wrapped(f'Greedy. {report.provenance_line(found)}')}"
 
 
 def sssd_paper(results: Results) -> str:
     """Speed-up, and whether the two places to look add up."""
-    cells = results["side_by_side_short"]["cells"]
+    cells = results["side_by_side"]["cells"]
     (cell,) = [cell for cell in cells if (cell["engine"], cell["concurrency"]) == ("sssd", 1)]
     ratio = cell["ratios"]["plain"]
     rows = {row["source"]: row for row in results["accepted_length"]["rows"] if row["nodes"] == LOOKED_UP}

@@ -36,7 +36,7 @@ from cluster.vllm_hook import DRAFTERS, EXTRA_ARG, LOCAL, StatLogger, WorkerExte
 
 log = logging.getLogger(__name__)
 
-MAX_DRAFTS = 6  # of a chain, where engine_args do not say
+MAX_DRAFTS = 10  # of a chain, where engine_args do not say
 REPORT_S = 2.0  # between two looks at what the proposer counts
 SEED_LIMIT = 2**63  # vLLM's seeds are signed
 

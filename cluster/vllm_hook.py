@@ -1,7 +1,7 @@
 """Paceline's drafters inside stock vLLM: its ``custom_class`` proposer, and what else touches vLLM's internals.
 
     PACELINE_DRAFTERS=127.0.0.1:6379/paceline-drafters vllm serve MODEL --speculative-config \\
-        '{"method": "custom_class", "model": "cluster.vllm_hook.PacelineProposer", "num_speculative_tokens": 6}'
+        '{"method": "custom_class", "model": "cluster.vllm_hook.PacelineProposer", "num_speculative_tokens": 10}'
 
 ``PACELINE_DRAFTERS`` names the GCS of a Ray cluster and an application of draft stages on it, or is ``local``: n-gram
 guesses in the worker itself. Where the cluster or its drafters are missing, vLLM decodes without guesses, and uses them

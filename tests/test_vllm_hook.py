@@ -144,7 +144,7 @@ def test_engine_arguments_of_the_configuration_go_first(tmp_path_factory: pytest
         model = {"source": str(folder), "name": "m", "dtype": "float32"}
         return engine_args(parse_config(ServiceConfig, {"llm_engine": "vllm", "model": model, **fields}), folder)
 
-    assert arguments()["speculative_config"]["num_speculative_tokens"] == 6
+    assert arguments()["speculative_config"]["num_speculative_tokens"] == 10
     assert arguments()["max_model_len"] == 512
     assert arguments(local_drafter=None)["speculative_config"] is None
     own = arguments(engine_args={"speculative_config": {"num_speculative_tokens": 2}, "tensor_parallel_size": 2})

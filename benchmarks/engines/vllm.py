@@ -24,8 +24,8 @@ SPECULATION: dict[str, dict[str, Any]] = {
         "prompt_lookup_min": 2,
     },
     "vllm_suffix": {"method": "suffix"},
-    "vllm_paceline_local": speculative_config(6),
-    "vllm_paceline": speculative_config(6),
+    "vllm_paceline_local": speculative_config(10),
+    "vllm_paceline": speculative_config(10),
 }
 DRAFTERS_CONFIG = Path(__file__).resolve().parents[2] / "deployments" / "configs" / "drafters_cpu.yaml"
 DRAFTERS_TIMEOUT_S = 60.0

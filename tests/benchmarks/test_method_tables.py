@@ -38,7 +38,7 @@ def test_the_committed_tables_are_those_of_the_results() -> None:
     [
         ("staged", ("rows", -1, "relative_weight_traffic"), ["staged", "staged_paper"]),
         ("accepted_length", ("rows", 0, "propose_us", "p95"), ["sssd"]),
-        ("side_by_side_short", ("memory_mb", "sssd"), ["sssd_speed"]),
+        ("side_by_side", ("memory_mb", "sssd"), ["sssd_speed"]),
         ("swift", ("matchness", 0, "found"), ["swift", "swift_paper"]),
         ("coupling", ("ratio",), ["coupling"]),
     ],

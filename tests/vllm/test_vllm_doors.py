@@ -144,7 +144,14 @@ def test_vllm_serve_uses_the_drafters_of_a_cluster(drafters: str, tmp_path: Path
     from cluster.vllm_hook import speculative_config
 
     port = free_ports(1)[0]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(resolve_model(MODEL["source"]))]
+    # What `vllm serve` runs; the CPU build's own command looks for a package called vllm, which it is not.
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(resolve_model(MODEL["source"])),
+    ]
     command += ["--served-model-name", "smollm2", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
     command += [
         "--dtype",
@@ -184,7 +191,8 @@ def test_vllm_serve_uses_the_drafters_of_a_cluster(drafters: str, tmp_path: Path
         accepted = [line for line in lines if line.startswith("vllm:spec_decode_num_accepted_tokens_total")]
         assert sum(float(line.split()[-1]) for line in accepted) > 0
     finally:
-        os.killpg(serving.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(serving.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             serving.wait(30)
         with contextlib.suppress(ProcessLookupError):
