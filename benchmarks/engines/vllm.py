@@ -28,6 +28,7 @@ SPECULATION: dict[str, dict[str, Any]] = {
     "vllm_paceline": speculative_config(10),
 }
 DRAFTERS_CONFIG = Path(__file__).resolve().parents[2] / "deployments" / "configs" / "drafters_cpu.yaml"
+DRAFT_TOTALS = ("steps", "rows", "wanted", "cached", "missing", "drafted", "waited_s")
 DRAFTERS_TIMEOUT_S = 60.0
 KV_CACHE_GIB = 1  # as much as 16 sessions of 2048 tokens need of SmolLM2
 
@@ -122,7 +123,7 @@ class Loaded(Defaults):
         return {
             "tokens": float(self._generated),
             "accepted": float(found.get("vllm:spec_decode_num_accepted_tokens", 0)),
-            **{f"drafts_{key}": float(value) for key, value in self._drafts().items() if not isinstance(value, dict)},
+            **{f"drafts_{key}": float(value) for key, value in self._drafts().items() if key in DRAFT_TOTALS},
         }
 
     def _drafts(self) -> dict[str, Any]:
