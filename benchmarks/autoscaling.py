@@ -23,7 +23,7 @@ from typing import Any
 import grpc
 import yaml
 
-from benchmarks.engines.service import OwnCluster
+from benchmarks.engines.service import OwnCluster, cluster_environment
 from benchmarks.provenance import provenance
 from deployments import up
 from protos import generation_pb2 as pb
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=25.0, help="of a wave")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    os.environ.update(cluster_environment(Path(sys.executable).parent))
     out = args.out.resolve() if args.out else None
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(configuration(), file)
