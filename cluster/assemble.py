@@ -19,7 +19,7 @@ from cluster.engine.step_cost import CostCurve, curve_path, kept_curve
 from cluster.engine.tensor_parallel import Recruit, ShardedRank, build_sharded_rank
 from cluster.engine.verifier import Verifier
 from cluster.engine.weights import eos_token_ids, load_tokenizer, read_config, resolve_model
-from cluster.rounds.detokenize import StreamDecoder, TextStream
+from cluster.rounds.detokenize import TextStream, text_of
 from cluster.rounds.pacing import Pace
 from cluster.rounds.pipeline import DraftTransport, Pipeline
 from cluster.rounds.scheduler import Scheduler
@@ -47,8 +47,7 @@ class Target:
     info: ModelInfo
 
     def text_of(self, request: GenerateRequest) -> TextStream:
-        decoder = StreamDecoder(self.tokenizer.backend_tokenizer, request.prompt_token_ids)
-        return TextStream(decoder, request.params.stop)
+        return text_of(self.tokenizer, request)
 
     @property
     def rank_pids(self) -> dict[str, int]:

@@ -29,7 +29,7 @@ from cluster.core.errors import (
 )
 from cluster.core.types import GenerateRequest, Health, Load, ModelInfo, Origin, StreamItem, tokenizer_hash
 from cluster.engine.weights import eos_token_ids, load_tokenizer, read_config, resolve_model
-from cluster.rounds.detokenize import StreamDecoder, TextStream
+from cluster.rounds.detokenize import text_of
 from cluster.rounds.session import Limits, Session
 from cluster.tree_engine import check_request
 from cluster.vllm_hook import DRAFTERS, EXTRA_ARG, LOCAL, StatLogger, WorkerExtension, check_version, speculative_config
@@ -93,7 +93,7 @@ class VllmEngine:
     async def generate(self, request: GenerateRequest) -> AsyncIterator[StreamItem]:
         """See ``Engine.generate``. An item per step of vLLM, or more where the reader is slower than its steps."""
         self._check(request)
-        session = Session(request, self._limits, self._text_of(request))
+        session = Session(request, self._limits, text_of(self._tokenizer, request))
         if session.finish_reason is not None:  # its resumed tokens hold a stop already
             yield session.closing_item()
             return
@@ -225,10 +225,6 @@ class VllmEngine:
         if request.cache_salt:
             prompt["cache_salt"] = request.cache_salt
         return self._llm.generate(prompt, sampling, session.id, priority=request.priority)
-
-    def _text_of(self, request: GenerateRequest) -> TextStream:
-        decoder = StreamDecoder(self._tokenizer.backend_tokenizer, request.prompt_token_ids)
-        return TextStream(decoder, request.params.stop)
 
     def _refresh_drafts(self) -> None:
         """Ask the proposer for its counts, in the background: the next look shows them."""

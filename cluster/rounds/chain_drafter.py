@@ -88,7 +88,6 @@ class ChainDrafter:
         self._waited_s = 0.0
         self._calls: deque[float] = deque(maxlen=REMEMBERED_CALLS)
         self._wake = threading.Event()
-        self._closed = False
         if thread:
             threading.Thread(target=self._work, name="chain-drafter", daemon=True).start()
 
@@ -150,10 +149,6 @@ class ChainDrafter:
                     for outcome in filter(None, lesson.outcomes):
                         self._gain += (1.0 - GAIN_MEMORY) * (len(outcome) - 1 - self._gain)
 
-    def close(self) -> None:
-        self._closed = True
-        self._wake.set()
-
     def _look_back(self, rows: Sequence[Row], texts: Sequence[RowText], fresh: bool, now: float) -> None:
         """Note the step that has just ended. One that read prompts, or came after a pause, tells nothing of time."""
         emitted = {text.id: text.tokens[self._bases[text.id] :] for text in texts if text.id in self._bases}
@@ -190,7 +185,7 @@ class ChainDrafter:
         return trees
 
     def _work(self) -> None:
-        while not self._closed:
+        while True:  # vLLM tells nobody that it ends
             if self._wake.wait(FORGET_AFTER_S / 2):
                 self._wake.clear()
                 self.learn()
@@ -199,7 +194,7 @@ class ChainDrafter:
 
 
 def best_chain(tree: TokenTree, max_depth: int) -> TokenTree:
-    """The path of best children, from the root down, as a tree. Source: SSD's and SGLang's look-ahead chains."""
+    """The path of best children, from the root down, as a tree."""
     scores = tree.scores.tolist()
     best: dict[int, int] = {}
     for node, parent in enumerate(tree.parents.tolist()):
@@ -210,5 +205,4 @@ def best_chain(tree: TokenTree, max_depth: int) -> TokenTree:
     while node in best and len(path) < max_depth:
         node = best[node]
         path.append(node)
-    chain = TokenTree.chain(tree.tokens[path].tolist())
-    return TokenTree(chain.tokens, chain.parents, tree.scores[path], tree.stages[path], tree.key)
+    return tree.take(np.array(path, np.int64))

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+
+from cluster.core.types import GenerateRequest
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +80,11 @@ class TextStream:
         """The text that may be shown now and was not taken before."""
         ready, self._ready = self._ready, ""
         return ready
+
+
+def text_of(tokenizer: Any, request: GenerateRequest) -> TextStream:
+    """The text of a request's answer, nothing of it yet. ``tokenizer``: of ``transformers``, with a fast backend."""
+    return TextStream(StreamDecoder(tokenizer.backend_tokenizer, request.prompt_token_ids), request.params.stop)
 
 
 def held_back(text: str, stops: Sequence[str]) -> int:
