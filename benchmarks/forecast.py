@@ -1,10 +1,11 @@
 """Does speculation bring what the cost curve and acceptance promise? And what would it bring on a wider machine?
 
-    python -m benchmarks.forecast --prompts FILE.jsonl --limit 12 --max-tokens 128 --repeats 3
+    python -m benchmarks.forecast --prompts FILE.jsonl --limit 26 --max-tokens 128 --repeats 3
 
 Decodes the prompts plainly and with the drafter, in turn, and once more with every guess verified, to learn what
 guesses are worth. From their calibrated chances and the measured cost curve follows the forecast, which stands beside
-the measured speed-up; and the same on a curve that is flat up to ``--flat-rows`` rows. The last line is JSON.
+the measured speed-up; and the same on a curve that is flat up to ``--flat-rows`` rows, with trees of up to
+``--flat-nodes``, by category. Drafting counts as measured in this machine's processor. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import logging
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.offline import generate, prompt_ids, read_lines
+from benchmarks.offline import generate
+from benchmarks.prompts import Question, load_questions
 from benchmarks.provenance import provenance
 from cluster.assemble import Target, build_scheduler, load_target
 from cluster.core.config import EngineConfig, ModelConfig, StageConfig
@@ -32,15 +36,30 @@ WARM_UP_ROUNDS = 64  # whose scores are not calibrated yet
 
 
 class Recorder(Calibration):
-    """Notes the calibrated chances of every tree that was offered, by round."""
+    """Notes the calibrated chances of every tree that was offered, by category and round."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.rounds: list[list[Float64Array]] = []
+        self.category = ""
+        self.seen = 0
+        self.rounds: dict[str, list[list[Float64Array]]] = {}
+        self.emitted: Counter[str] = Counter()
 
     def observe(self, offers: Offers, emitted: Sequence[Sequence[int] | None]) -> None:
-        self.rounds.append(self.scores(offers))
+        self.seen += 1
+        if self.seen > WARM_UP_ROUNDS:
+            self.rounds.setdefault(self.category, []).append(self.scores(offers))
+            self.emitted[self.category] += sum(len(tokens) for tokens in emitted if tokens)
         super().observe(offers, emitted)
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What guesses were worth, by category and round, and what asking for them took."""
+
+    rounds: dict[str, list[list[Float64Array]]]
+    emitted: Mapping[str, int]
+    draft_s: float
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
         kv_slots=args.concurrency, max_waiting=1_000_000, max_nodes=args.max_nodes, prefix_reuse=False
     )
     target = load_target(ModelConfig(source=args.model, dtype=args.dtype, threads=args.threads), engine)
-    requests = {wish: to_requests(args, target, wish) for wish in (False, True)}
+    questions = load_questions(args.prompts, args.limit, target.tokenizer, target.info.max_model_len - args.max_tokens)
+    requests = {wish: to_requests(args, questions, wish) for wish in (False, True)}
     plain, guessing = (scheduler(args, target, engine, wish) for wish in (False, True))
     run(plain, target, requests[False][:2], args.concurrency)
     run(guessing, target, requests[True][:2], args.concurrency)
@@ -61,8 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         for _ in range(args.repeats)
     ]
-    recorder = record(args, target, engine, requests[True])
-    report(args, target, guessing, recorder, pairs)
+    context = statistics.fmean(len(question.token_ids) for question in questions) + args.max_tokens / 2
+    report(args, target, guessing, record(args, target, engine, questions), pairs, context)
     return 0
 
 
@@ -71,14 +91,11 @@ def scheduler(args: argparse.Namespace, target: Target, engine: EngineConfig, dr
     return build_scheduler(target, engine, stage)
 
 
-def to_requests(args: argparse.Namespace, target: Target, speculate: bool) -> list[GenerateRequest]:
+def to_requests(args: argparse.Namespace, questions: Sequence[Question], speculate: bool) -> list[GenerateRequest]:
     params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
-    room = target.info.max_model_len - args.max_tokens
     return [
-        GenerateRequest(
-            str(index), tuple(prompt_ids(line, target.tokenizer)[-room:]), params, speculation=Speculation(speculate)
-        )
-        for index, line in enumerate(read_lines(args.prompts, args.limit))
+        GenerateRequest(str(question.index), question.token_ids, params, speculation=Speculation(speculate))
+        for question in questions
     ]
 
 
@@ -104,40 +121,65 @@ def run(engine: Scheduler, target: Target, requests: list[GenerateRequest], conc
     return tokens / seconds
 
 
-def record(args: argparse.Namespace, target: Target, engine: EngineConfig, requests: list[GenerateRequest]) -> Recorder:
+def record(args: argparse.Namespace, target: Target, engine: EngineConfig, questions: Sequence[Question]) -> Recorded:
     """Decode once more with every guess asked for and offered, and note what each was worth."""
-    always = scheduler(args, target, engine.model_copy(update={"governor": "always"}), True)
+    most = max(args.max_nodes, args.flat_nodes)
+    always = scheduler(args, target, engine.model_copy(update={"governor": "always", "max_nodes": most}), True)
     recorder = always.governor.calibration = Recorder()
-    run(always, target, requests, args.concurrency)
-    return recorder
+    for category in dict.fromkeys(question.category for question in questions):
+        recorder.category = category
+        own = [question for question in questions if question.category == category]
+        run(always, target, to_requests(args, own, True), args.concurrency)
+    return Recorded(recorder.rounds, recorder.emitted, always.times.draft / max(1, always.times.steps))
 
 
 def report(
-    args: argparse.Namespace, target: Target, engine: Scheduler, recorder: Recorder, pairs: list[tuple[float, float]]
+    args: argparse.Namespace,
+    target: Target,
+    engine: Scheduler,
+    recorded: Recorded,
+    pairs: list[tuple[float, float]],
+    context: float,
 ) -> None:
-    rounds = recorder.rounds[WARM_UP_ROUNDS:]
-    times, governor = engine.times, engine.governor
-    draft_s = times.draft / max(1, times.steps)
-    context = statistics.fmean(len(r.prompt_token_ids) for r in to_requests(args, target, True)) + args.max_tokens / 2
+    draft_s = engine.times.draft / max(1, engine.times.steps)
     flat = LiveCost(flat_curve(target.curve, args.flat_rows))
-    flat.overhead = governor.cost.overhead
-    here = forecast(rounds, governor.cost, 64, draft_s, context)
-    wide = forecast(rounds, flat, args.flat_rows, draft_s)
+    flat.overhead = engine.governor.cost.overhead
+    rounds = [row for rows in recorded.rounds.values() for row in rows]
+    here = forecast(rounds, engine.governor.cost, args.concurrency * (args.max_nodes + 1), draft_s, context)
+    most = min(args.flat_rows, args.concurrency * (args.flat_nodes + 1))
+    wide = {name: forecast(rows, flat, most, recorded.draft_s) for name, rows in recorded.rounds.items()}
+    mean = statistics.fmean(each.speedup for each in wide.values())
+    best = max(wide, key=lambda name: wide[name].speedup)
     measured = statistics.median(guessing / plain for plain, guessing in pairs)
     print(f"measured  {measured:.3f} x plain decoding ({len(pairs)} interleaved runs)")
     print(f"forecast  {line(here)}")
-    print(f"flat to {args.flat_rows} rows  {line(wide)}")
+    emitted = {
+        name: count / sum(map(len, recorded.rounds[name])) for name, count in recorded.emitted.items()
+    }  # in a session's round of as many nodes as there were
+    print(f"on a cost curve flat to {args.flat_rows} rows:")
+    for name, each in wide.items():
+        print(f"  {name:<20} {line(each)}; {emitted[name]:.2f} tokens a round measured with all")
+    print(f"  mean over categories {mean:.3f} x, best ({best}) {wide[best].speedup:.3f} x")
     print(
         json.dumps(
             {
                 "measured_speedup": round(measured, 4),
                 "forecast_speedup": round(here.speedup, 4),
-                "flat_speedup": round(wide.speedup, 4),
                 "tokens_per_round": round(here.tokens_per_round, 3),
                 "nodes_per_round": round(here.nodes_per_round, 2),
-                "flat_tokens_per_round": round(wide.tokens_per_round, 3),
-                "rounds": len(rounds),
                 "draft_ms": round(1e3 * draft_s, 3),
+                "flat_mean_speedup": round(mean, 4),
+                "flat_best_speedup": round(wide[best].speedup, 4),
+                "flat_draft_ms": round(1e3 * recorded.draft_s, 3),
+                "flat": {
+                    name: {
+                        "speedup": round(each.speedup, 4),
+                        "tokens_per_round": round(each.tokens_per_round, 3),
+                        "measured_tokens_per_round": round(emitted[name], 3),
+                    }
+                    for name, each in wide.items()
+                },
+                "rounds": len(rounds),
                 "runs": [[round(plain, 1), round(guessing, 1)] for plain, guessing in pairs],
                 "curve_ms": {r: round(1e3 * s, 2) for r, s in zip(target.curve.rows, target.curve.seconds)},
                 "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
@@ -161,13 +203,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
     parser.add_argument("--drafter", default="sssd", help="the drafter in the engine's own thread")
     parser.add_argument("--prompts", type=Path, required=True)
-    parser.add_argument("--limit", type=int, default=12)
+    parser.add_argument("--limit", type=int, default=26)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--max-nodes", type=int, default=24)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--concurrency", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--flat-rows", type=int, default=200)
+    parser.add_argument("--flat-rows", type=int, default=200, help="rows that cost what one costs on the wide machine")
+    parser.add_argument("--flat-nodes", type=int, default=64, help="largest tree there")
     return parser.parse_args(argv)
 
 

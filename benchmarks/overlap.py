@@ -118,9 +118,9 @@ def show(result: dict[str, Any]) -> str:
 @contextmanager
 def draft_workers(model: str, stages: Sequence[str]) -> Iterator[Any]:
     """A Ray of our own with the draft workers on it. Yields what makes a target's transport to them."""
-    from deployments.up import RAY_ENV
+    from deployments.up import ONE_MACHINE_ENV
 
-    os.environ.update(RAY_ENV)  # Ray reads it when it is imported
+    os.environ.update(ONE_MACHINE_ENV)  # Ray reads it when it is imported
     import ray
     from ray import serve
 

@@ -136,4 +136,4 @@ def environment(setup: Setup) -> dict[str, str]:
 def cluster_environment(tools: Path) -> dict[str, str]:
     """``ray`` and ``serve`` are found in ``tools``. Ray reads its variables when it is imported."""
     path = os.pathsep.join([str(tools), os.environ.get("PATH", "")])
-    return {**up.RAY_ENV, "PYTHONUNBUFFERED": "1", "PATH": path}
+    return {**up.ONE_MACHINE_ENV, "PYTHONUNBUFFERED": "1", "PATH": path}

@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.engines.base import session_members
 from benchmarks.ports import free_ports
 from deployments.gcs_keeper import find_gcs
-from deployments.up import RAY_ENV
+from deployments.up import ONE_MACHINE_ENV
 
 ROOT = Path(__file__).resolve().parents[2]
 START_LIMIT_S = 300.0
@@ -41,11 +41,10 @@ class RayHead:
         self.port, self.http_port, self.grpc_port, *rest = free_ports(7)
         self.environment = {
             **os.environ,
-            **RAY_ENV,
+            **ONE_MACHINE_ENV,
             "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
             "PYTHONPATH": str(ROOT),
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_enable_metrics_collection": "0",
             "RAY_gcs_storage": "rocksdb",
             "RAY_gcs_storage_path": str(self.folder / "gcs"),
             # Whatever else the machine does.
