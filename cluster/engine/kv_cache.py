@@ -46,11 +46,12 @@ class SlotRows:
 class _Slot:
     """``paths[i]``: scratch indices from the root down to scratch row i, itself included.
 
-    ``length``: committed positions; of a free slot, those it still keeps.
+    ``length``: committed positions; of a free slot, those it still keeps. ``tenant``: who wrote them, by number.
     """
 
     owned: bool = False
     length: int = 0
+    tenant: int = 0
     paths: list[Int32Array] = field(default_factory=list)
 
 
@@ -63,14 +64,16 @@ class KVCache(KVStore):
         super().__init__(config, num_slots, capacity, scratch, dtype)
         self._slots = [_Slot() for _ in range(num_slots)]
         self._free = list(range(num_slots))
+        self._tenants = 0
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
     @property
-    def free_slots(self) -> tuple[int, ...]:
-        return tuple(self._free)
+    def free_slots(self) -> dict[int, int]:
+        """Each with the number of its last tenant: whoever took the slot in between has overwritten what it kept."""
+        return {slot: self._slots[slot].tenant for slot in self._free}
 
     @property
     def usage(self) -> float:
@@ -89,7 +92,8 @@ class KVCache(KVStore):
         if slot not in self._free or not 0 <= keep <= self._slots[slot].length:
             raise ValueError(f"KV slot {slot} is not free with {keep} positions kept")
         self._free.remove(slot)
-        self._slots[slot] = _Slot(owned=True, length=keep)
+        self._tenants += 1
+        self._slots[slot] = _Slot(owned=True, length=keep, tenant=self._tenants)
         return slot
 
     def free(self, slot: int, keep: int = 0) -> None:
@@ -97,9 +101,10 @@ class KVCache(KVStore):
 
         Raises ``ValueError`` if it is not owned or holds fewer.
         """
-        if not 0 <= keep <= self._owned(slot).length:
-            raise ValueError(f"slot {slot} holds {self._slots[slot].length} positions, not {keep}")
-        self._slots[slot] = _Slot(length=keep)
+        state = self._owned(slot)
+        if not 0 <= keep <= state.length:
+            raise ValueError(f"slot {slot} holds {state.length} positions, not {keep}")
+        self._slots[slot] = _Slot(length=keep, tenant=state.tenant)
         self._free.append(slot)
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -127,6 +132,10 @@ class KVCache(KVStore):
     def length(self, slot: int) -> int:
         """Committed positions of the slot."""
         return self._owned(slot).length
+
+    def tenant(self, slot: int) -> int:
+        """The number of who holds the slot."""
+        return self._owned(slot).tenant
 
     def add_scratch(self, rows: SlotRows) -> list[Int32Array]:
         """Record the rows a step is about to write; what lay behind ``scratch_start`` is void.

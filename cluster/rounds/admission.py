@@ -7,7 +7,7 @@ until the slot is taken again: rows are row-invariant, so K/V reused is bit-equa
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,39 +98,37 @@ class Placement:
 class _Entry:
     tokens: TokenIds
     salt: str
+    tenant: int
     last_use: int
 
 
 class PrefixCache:
-    """What freed slots still hold: the tokens of their positions, by slot."""
+    """What freed slots still hold: the tokens of their positions, by slot and by the tenant who left them."""
 
     def __init__(self) -> None:
         self._entries: dict[int, _Entry] = {}
         self._uses = 0
 
-    def keep(self, slot: int, token_ids: Sequence[int], salt: str) -> None:
+    def keep(self, slot: int, tenant: int, token_ids: Sequence[int], salt: str) -> None:
         """The slot was freed with the K/V of exactly these tokens."""
         self._uses += 1
-        self._entries[slot] = _Entry(np.asarray(token_ids, np.int32), salt, self._uses)
-
-    def forget(self, slot: int) -> None:
-        """The slot was taken, or freed with nothing worth keeping."""
-        self._entries.pop(slot, None)
+        self._entries[slot] = _Entry(np.asarray(token_ids, np.int32), salt, tenant, self._uses)
 
     def place(
         self,
         token_ids: Sequence[int],
         salt: str,
-        free: Sequence[int],
+        free: Mapping[int, int],
         running: Iterable[tuple[int, Sequence[int]]] = (),
     ) -> Placement:
-        """Where to put a session whose first ``token_ids`` need K/V. ``running``: (slot, its tokens) of equal salt.
+        """Where to put a session whose first ``token_ids`` need K/V.
 
+        free: slots, each with its last tenant; not empty. running: (slot, its tokens) of equal salt.
         The longest common prefix is taken over with its slot, unless most of the slot's tokens are others: these may
-        be asked for again, so the prefix is copied to the slot least recently used. ``free`` is not empty.
+        be asked for again, so the prefix is copied to the slot least recently used.
         """
         wanted = np.asarray(token_ids, np.int32)
-        entries = {slot: entry for slot, entry in self._entries.items() if slot in free}
+        entries = {slot: entry for slot, entry in self._entries.items() if free.get(slot) == entry.tenant}
         oldest = min(free, key=lambda slot: entries[slot].last_use if slot in entries else 0)
         shared = {slot: common_prefix(wanted, e.tokens) for slot, e in entries.items() if e.salt == salt}
         best = max(shared, key=lambda slot: (shared[slot], entries[slot].last_use), default=oldest)

@@ -214,7 +214,6 @@ class Scheduler:
     def _begin(self, session: Session) -> None:
         """Give the session a KV slot, with what is there already of the K/V it needs."""
         place = self._place(session)
-        self._prefixes.forget(place.slot)
         if place.source is None:
             self._kv.allocate(place.slot, keep=place.length)
         else:
@@ -233,7 +232,7 @@ class Scheduler:
     def _place(self, session: Session) -> Placement:
         free = self._kv.free_slots
         if not self._config.prefix_reuse:
-            return Placement(free[-1])
+            return Placement(next(iter(free)))
         salt = session.request.cache_salt
         alike = (other for other in self._running if other.request.cache_salt == salt)
         running = [(other.slot, other.tokens[: self._kv.length(other.slot)]) for other in alike]
@@ -307,9 +306,10 @@ class Scheduler:
         self._running.remove(session)
         del self._prefilled[session.id], self._slots[session.id]
         held = min(self._kv.length(session.slot), session.base) if keep and self._config.prefix_reuse else 0
-        self._kv.free(session.slot, keep=held)
         if held:
-            self._prefixes.keep(session.slot, session.tokens[:held], session.request.cache_salt)
+            tenant, salt = self._kv.tenant(session.slot), session.request.cache_salt
+            self._prefixes.keep(session.slot, tenant, session.tokens[:held], salt)
+        self._kv.free(session.slot, keep=held)
         session.vacate(phase)
         self._drafting.end(session, last)
 

@@ -84,51 +84,61 @@ def test_nobody_is_preempted_again_before_it_has_made_progress() -> None:
     assert choose_victim(session(), [victim], patient=True) is victim
 
 
+def free(slots: list[int]) -> dict[int, int]:
+    """As the KV cache tells them, all left by their first tenant."""
+    return dict.fromkeys(slots, 1)
+
+
 def test_a_second_turn_takes_over_the_slot_of_the_first() -> None:
     cache = PrefixCache()
-    cache.keep(2, CHAT, "")
-    cache.keep(0, OTHER, "")
-    assert cache.place([*CHAT, 1, 2, 3], "", [0, 1, 2]) == Placement(2, len(CHAT))
-    assert cache.place(CHAT[:60], "", [0, 1, 2]) == Placement(2, 60)
+    cache.keep(2, 1, CHAT, "")
+    cache.keep(0, 1, OTHER, "")
+    assert cache.place([*CHAT, 1, 2, 3], "", free([0, 1, 2])) == Placement(2, len(CHAT))
+    assert cache.place(CHAT[:60], "", free([0, 1, 2])) == Placement(2, 60)
 
 
 def test_a_prompt_that_shares_little_of_a_slots_tokens_gets_a_copy_and_leaves_them() -> None:
     cache = PrefixCache()
-    cache.keep(2, CHAT, "")
-    cache.keep(1, OTHER, "")
-    assert cache.place([*CHAT[:40], 1, 2], "", [0, 1, 2]) == Placement(0, 40, source=2)
-    assert cache.place([*CHAT[:40], 1, 2], "", [1, 2]) == Placement(2, 40)  # there it is the least recently used
-    assert cache.place([*CHAT[: MIN_COPY - 1], 1], "", [0, 1, 2]) == Placement(0, 0)
+    cache.keep(2, 1, CHAT, "")
+    cache.keep(1, 1, OTHER, "")
+    assert cache.place([*CHAT[:40], 1, 2], "", free([0, 1, 2])) == Placement(0, 40, source=2)
+    assert cache.place([*CHAT[:40], 1, 2], "", free([1, 2])) == Placement(2, 40)  # there it is the least recently used
+    assert cache.place([*CHAT[: MIN_COPY - 1], 1], "", free([0, 1, 2])) == Placement(0, 0)
 
 
 def test_a_running_sessions_prefix_is_copied_where_it_is_longer() -> None:
     cache = PrefixCache()
-    cache.keep(2, [*CHAT[:50], 7], "")
+    cache.keep(2, 1, [*CHAT[:50], 7], "")
     running = [(0, CHAT), (1, OTHER)]
-    assert cache.place(CHAT, "", [2, 3], running) == Placement(3, 100, source=0)
-    assert cache.place(CHAT[:60], "", [2, 3], running) == Placement(2, 50)
-    assert cache.place(CHAT, "", [2], running) == Placement(2, 100, source=0)
+    assert cache.place(CHAT, "", free([2, 3]), running) == Placement(3, 100, source=0)
+    assert cache.place(CHAT[:60], "", free([2, 3]), running) == Placement(2, 50)
+    assert cache.place(CHAT, "", free([2]), running) == Placement(2, 100, source=0)
 
 
 def test_what_another_salt_computed_is_not_found() -> None:
     cache = PrefixCache()
-    cache.keep(0, CHAT, "mine")
-    assert cache.place(CHAT, "", [0]) == Placement(0, 0)
-    assert cache.place(CHAT, "mine", [0]) == Placement(0, len(CHAT))
-    cache.forget(0)
-    assert cache.place(CHAT, "mine", [0]) == Placement(0, 0)
+    cache.keep(0, 1, CHAT, "mine")
+    assert cache.place(CHAT, "", free([0])) == Placement(0, 0)
+    assert cache.place(CHAT, "mine", free([0])) == Placement(0, len(CHAT))
+
+
+def test_what_a_slot_kept_before_someone_else_took_it_is_not_found() -> None:
+    cache = PrefixCache()
+    cache.keep(0, 1, CHAT, "")
+    assert cache.place(CHAT, "", {0: 1}) == Placement(0, len(CHAT))
+    assert cache.place(CHAT, "", {0: 2}) == Placement(0, 0)
 
 
 def test_the_least_recently_used_slot_is_taken_where_nothing_is_shared() -> None:
     cache = PrefixCache()
     for slot in (1, 0, 2):
-        cache.keep(slot, OTHER, "")
-    assert cache.place(CHAT, "", [2, 0, 1]) == Placement(1)
-    assert cache.place(CHAT, "", [2, 0, 3]) == Placement(3)
+        cache.keep(slot, 1, OTHER, "")
+    assert cache.place(CHAT, "", free([2, 0, 1])) == Placement(1)
+    assert cache.place(CHAT, "", free([2, 0, 3])) == Placement(3)
 
 
 @pytest.mark.parametrize("tokens", [[], [1]])
 def test_the_shortest_prompts_need_nothing(tokens: list[int]) -> None:
     cache = PrefixCache()
-    cache.keep(0, CHAT, "")
-    assert cache.place(tokens, "", [0], [(1, CHAT)]).length == 0
+    cache.keep(0, 1, CHAT, "")
+    assert cache.place(tokens, "", free([0]), [(1, CHAT)]).length == 0

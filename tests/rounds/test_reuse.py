@@ -63,6 +63,18 @@ def chat(rig: Rig, params: SamplingParams, local: Drafter | None, reuse: bool) -
         prompt = [*session.tokens, 5 + turn, 9]
 
 
+def test_what_another_scheduler_left_in_a_slot_is_not_taken_for_ones_own(rig: Rig) -> None:
+    def ask(name: str, first: int) -> GenerateRequest:
+        return GenerateRequest(name, tuple(range(first, first + 40)), GREEDY)
+
+    mine, others = Bench(rig), Bench(rig)
+    (before,) = mine.run(ask("a", 20))
+    for number in range(2 * rig.rank.kv.num_slots):
+        others.run(ask(f"o{number}", 50 + number))
+    (after,) = mine.run(ask("b", 20))
+    assert after.tokens == before.tokens
+
+
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("name", ["none", *DRAFTERS])
 def test_a_chats_next_turn_computes_only_what_is_new_and_says_the_same(
