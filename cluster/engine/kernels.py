@@ -1,8 +1,8 @@
-"""What the decoder computes with: the ``Kernels`` interface, and the choice between its two implementations.
+"""What the decoder computes with: the ``Kernels`` interface, and the choice among its implementations.
 
 Contract: a row's result is bit-equal whatever other rows are in the step (docs/exactness.md). The torch form
 (``kernels_torch.py``) runs in any dtype and without a compiler, and reads as the definition of the decoder; the native
-form (``kernels_native.py``, ``kernels.cpp``) computes the same in one call, fast.
+form (``kernels_native.py``, ``kernels.cpp``) computes the same in one call, fast; ``kernels_triton.py`` is for GPUs.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ Forward = Callable[[StepRows, KVStore, frozenset[int], torch.Tensor | None], tor
 Keys and values are written into the cache. ``features``, where given, gets what the head saw: (wanted, hidden), behind
 the final norm, in the model's dtype.
 """
+
+
+class KernelsUnavailable(Exception):
+    """Why kernels cannot be used here."""
 
 
 class MlpForward(Protocol):
@@ -59,10 +63,18 @@ class ShardStep(Protocol):
 
 
 class Kernels(Protocol):
-    """Packs weights, and computes with what it packed."""
+    """Packs weights, and computes with what it packed.
+
+    device: where weights, keys and values are, and what ranks exchange. Steps come from the CPU, logits go back there.
+    """
 
     name: str
     dtype: torch.dtype
+    device: torch.device
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A vector or table of the model where these kernels read it."""
+        ...
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, wide: bool = False) -> PackedLinear:
         """weight: (outputs, inputs); bias: (outputs,)."""
@@ -91,29 +103,61 @@ class Kernels(Protocol):
         ...
 
 
-def choose_kernels(choice: str, dtype: str, threads: int = 0) -> Kernels:
-    """``auto``: native where the dtype, the CPU and a compiler allow it, torch otherwise. Logs the choice and why.
+def choose_kernels(choice: str, dtype: str, threads: int = 0, rank: int = 0) -> Kernels:
+    """``auto``: Triton's where there is a GPU, native where dtype, CPU and compiler allow it, else torch. Logs it.
 
-    Raises ``ConfigError`` where native kernels are demanded but cannot be had, or a name is unknown.
+    ``rank``: of several that share a model, each with a GPU of its own. Raises ``ConfigError`` where the kernels that
+    are demanded cannot be had, or a name is unknown.
     """
-    from cluster.core.native_build import NativeUnavailable
-    from cluster.engine.kernels_native import NativeKernels
-    from cluster.engine.kernels_torch import TorchKernels
-
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: {dtype!r} is not supported; allowed: {', '.join(DTYPES)}")
-    if choice not in ("auto", "native", "torch"):
-        raise ConfigError(f"kernels: {choice!r} is not supported; allowed: auto, native, torch")
-    reason = "asked for"
-    if choice != "torch":
+    if choice not in ("auto", *_MAKERS):
+        raise ConfigError(f"kernels: {choice!r} is not supported; allowed: auto, {', '.join(_MAKERS)}")
+    threads = threads or torch.get_num_threads()
+    reasons: list[str] = []
+    for name in _MAKERS if choice == "auto" else (choice,):
         try:
-            kernels = NativeKernels(DTYPES[dtype], threads or torch.get_num_threads())
-        except NativeUnavailable as error:
-            if choice == "native":
-                raise ConfigError(f"kernels: native cannot be used: {error}; allowed here: auto, torch") from error
-            reason = str(error)
+            if choice == "auto" and name == "triton" and not torch.cuda.is_available():
+                continue  # nor the interpreter, which is for tests
+            kernels = _MAKERS[name](DTYPES[dtype], threads, rank)
+        except KernelsUnavailable as error:
+            if choice != "auto":
+                raise ConfigError(f"kernels: {name} cannot be used: {error}; allowed here: auto, torch") from error
+            reasons.append(f"{name}: {error}")
         else:
-            logger.info("kernels: %s, %s, %d threads", kernels.name, dtype, kernels.threads)
+            logger.info(
+                "kernels: %s, %s, %d CPU threads%s", name, dtype, threads, "".join(f" ({each})" for each in reasons)
+            )
             return kernels
-    logger.info("kernels: torch, %s (%s)", dtype, reason)
-    return TorchKernels(DTYPES[dtype])
+    raise AssertionError("torch's are always there")
+
+
+def _triton(dtype: torch.dtype, threads: int, rank: int) -> Kernels:
+    try:
+        from cluster.engine.kernels_triton import TritonKernels
+    except ImportError as error:
+        raise KernelsUnavailable(str(error)) from error
+    return TritonKernels(dtype, rank)
+
+
+def _native(dtype: torch.dtype, threads: int, rank: int) -> Kernels:
+    from cluster.core.native_build import NativeUnavailable
+    from cluster.engine.kernels_native import NativeKernels
+
+    try:
+        return NativeKernels(dtype, threads)
+    except NativeUnavailable as error:
+        raise KernelsUnavailable(str(error)) from error
+
+
+def _torch(dtype: torch.dtype, threads: int, rank: int) -> Kernels:
+    from cluster.engine.kernels_torch import TorchKernels
+
+    return TorchKernels(dtype)
+
+
+_MAKERS: dict[str, Callable[[torch.dtype, int, int], Kernels]] = {
+    "triton": _triton,
+    "native": _native,
+    "torch": _torch,
+}

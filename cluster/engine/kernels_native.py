@@ -153,6 +153,7 @@ class NativeKernels:
             raise NativeUnavailable(f"they compute in {', '.join(str(kind) for kind in SUFFIXES)}, not {dtype}")
         self.name = "native"
         self.dtype = dtype
+        self.device = torch.device("cpu")
         self.threads = threads
         self._arena = Arena()
         self._forward = self._function("forward", c_void_p, c_void_p)
@@ -170,6 +171,9 @@ class NativeKernels:
         pair = 4 // self.dtype.itemsize
         weight = _pad(_pad(weight.to(self.dtype), 0, BLOCK), 1, pair)
         return weight.view(-1, BLOCK, weight.shape[1] // pair, pair).transpose(1, 2)
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.contiguous()
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, wide: bool = False) -> PackedLinear:
         padded_bias = None if bias is None else _pad(bias.float(), 0, BLOCK).contiguous()

@@ -7,15 +7,13 @@ of ``BLOCK``, and exponentials in chunks of ``CHUNK``. It is slow for few rows; 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from cluster.engine.kernels import Forward, MlpForward, ShardStep
-from cluster.engine.kv_store import KVStore
-from cluster.engine.packed import Heads, PackedLinear, PackedMlpHead, PackedModel
+from cluster.engine.kernels_ops import OperatorKernels
+from cluster.engine.packed import Heads, PackedLinear
 from cluster.engine.rows import StepRows
 
 TILE, WIDTH, BLOCK, CHUNK = 8, 64, 64, 4096
@@ -38,45 +36,11 @@ def _pad_width(weight: torch.Tensor) -> torch.Tensor:
     return F.pad(weight, (0, -weight.shape[1] % WIDTH, 0, -weight.shape[0] % WIDTH))
 
 
-class _TorchShardStep:
-    """One step of a shard."""
-
-    def __init__(self, kernels: TorchKernels, model: PackedModel, step: StepRows, kv: KVStore) -> None:
-        self._kernels, self._model, self._step, self._kv = kernels, model, step, kv
-
-    def addend(self, sub_layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        return self._kernels.sub_layer(self._model, sub_layer, hidden, self._step, self._kv)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._kernels.logits(self._model, hidden, self._step)
-
-
-class _TorchMlp:
-    """The network that guesses on from hidden states."""
-
-    def __init__(self, kernels: TorchKernels, model: PackedMlpHead) -> None:
-        self._kernels, self._model = kernels, model
-
-    def advance(self, tokens: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        kernels, model = self._kernels, self._model
-        known = kernels.norm(states, model.state_norm, model.eps)
-        new = kernels.norm(model.embedding[tokens], model.token_norm, model.eps)
-        x = kernels.linear(torch.cat([known, new], 1), model.mix)
-        for block in model.blocks:
-            x = kernels.linear(kernels.linear(kernels.norm(x, block.norm, model.eps), block.gate_up), block.down, x)
-        return x
-
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        normed = self._kernels.norm(states, self._model.final_norm, self._model.eps)
-        return self._kernels.linear(normed, self._model.head).float()
-
-
-class TorchKernels:
+class TorchKernels(OperatorKernels):
     """``Kernels`` in ordinary torch operations. Sums of bf16 values are fp32; fp64 stays fp64 throughout."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self.name = "torch"
-        self.dtype = dtype
+        super().__init__("torch", dtype, torch.device("cpu"))
         self._sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, wide: bool = False) -> PackedLinear:
@@ -98,71 +62,12 @@ class TorchKernels:
             bias = torch.stack([gate_bias, up_bias]).to(self.dtype)
         return PackedLinear(weight, bias, gate.shape[0], gated=True)
 
-    def forward_of(self, model: PackedModel) -> Forward:
-        return functools.partial(self._forward, model)
-
-    def shard_of(self, model: PackedModel) -> Callable[[StepRows, KVStore], ShardStep]:
-        return functools.partial(_TorchShardStep, self, model)
-
-    def mlp_of(self, model: PackedMlpHead) -> MlpForward:
-        return _TorchMlp(self, model)
-
-    def _forward(
-        self, model: PackedModel, step: StepRows, kv: KVStore, skip: frozenset[int], features: torch.Tensor | None
-    ) -> torch.Tensor:
-        hidden = self.embed(model, step.tokens)
-        for index in range(2 * len(model.layers)):
-            if index not in skip:
-                hidden = self.sub_layer(model, index, hidden, step, kv, residual=hidden)
-        return self.logits(model, hidden, step, features)
-
-    def embed(self, model: PackedModel, tokens: torch.Tensor) -> torch.Tensor:
-        """(n,) -> (n, hidden)."""
-        if model.masks is None:
-            return model.embedding[tokens]
-        count = len(model.embedding)
-        known = model.embedding[tokens.clamp(max=count - 1)]
-        masks = model.masks[(tokens - count).clamp(min=0)]
-        return torch.where((tokens < count)[:, None], known, masks)
-
-    def sub_layer(
-        self,
-        model: PackedModel,
-        index: int,
-        hidden: torch.Tensor,
-        step: StepRows,
-        kv: KVStore,
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Attention (even ``index``) or MLP (odd) of one layer over ``hidden``: (n, hidden), as ``linear`` gives it."""
-        layer, eps = model.layers[index // 2], model.heads.eps
-        if index % 2:
-            inner = self.linear(self.norm(hidden, layer.mlp_norm, eps), layer.gate_up)
-            return self.linear(inner, layer.down, residual)
-        keys, values = kv.keys[index // 2], kv.values[index // 2]
-        qkv = self.linear(self.norm(hidden, layer.input_norm, eps), layer.qkv)
-        self.rope_store(qkv, model.heads, layer.qk_norms, step, keys, values)
-        return self.linear(self.attention(qkv, model.heads, step, keys, values), layer.out, residual)
-
-    def logits(
-        self, model: PackedModel, hidden: torch.Tensor, step: StepRows, features: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """(wanted, vocab) fp32."""
-        wanted = hidden if step.wanted is None else hidden[step.wanted]
-        if not len(wanted):
-            return torch.empty((0, model.head.outputs))
-        normed = self.norm(wanted, model.final_norm, model.heads.eps)
-        if features is not None:
-            features.copy_(normed)
-        return self.linear(normed, model.head).float()
-
     def _multiply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, outputs: int) -> torch.Tensor:
         x = F.pad(x.to(weight.dtype), (0, weight.shape[1] - x.shape[1]))
         product = _tiled(lambda tile: F.linear(tile, weight), x)[:, :outputs]
         return product if bias is None else product + bias
 
     def linear(self, x: torch.Tensor, packed: PackedLinear, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """(n, inputs) -> (n, outputs); ``residual`` (n, outputs) is added to the rounded result."""
         if packed.gated:
             biases = (None, None) if packed.bias is None else (packed.bias[0], packed.bias[1])
             gate, up = (self._multiply(x, weight, bias, packed.outputs) for weight, bias in zip(packed.weight, biases))
@@ -181,7 +86,6 @@ class TorchKernels:
         return (result if residual is None else residual + result).contiguous()
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """RMS norm of each row: rounded after scaling to unit size, and again after the weight."""
         wide = x.to(self._sum_dtype)
         mean = _tiled(lambda tile: tile.pow(2).mean(-1, keepdim=True), wide)
         return (wide * (1 / torch.sqrt(mean + eps))).to(self.dtype) * weight
@@ -195,10 +99,6 @@ class TorchKernels:
         keys: torch.Tensor,
         values: torch.Tensor,
     ) -> None:
-        """qkv: (n, (heads + 2 * kv_heads) * dim). Norms and rotates queries in place; writes keys and values.
-
-        norms: per-head weights of queries and keys, each (dim,). keys, values: one layer of the cache.
-        """
         rows = qkv.view(len(step), heads.num + 2 * heads.num_kv, heads.dim)
         parts = list(torch.split(rows, [heads.num, heads.num_kv, heads.num_kv], 1))
         positions = step.positions.long()
@@ -218,7 +118,6 @@ class TorchKernels:
     def attention(
         self, qkv: torch.Tensor, heads: Heads, step: StepRows, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        """Each row over its prefix, its ancestors and itself, in position order: (n, heads * dim)."""
         queries = qkv.view(len(step), -1, heads.dim)[:, : heads.num].to(self._sum_dtype)
         where, counts = _key_rows(step, keys.shape[1])
         flat_keys = keys.view(-1, heads.num_kv, heads.dim)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from cluster.core.errors import Overloaded
-from cluster.engine.kv_store import KVStore, Move
+from cluster.engine.kv_store import CPU, KVStore, Move
 from cluster.engine.model_config import DecoderConfig
 
 Int32Array = npt.NDArray[np.int32]
@@ -59,9 +59,15 @@ class KVCache(KVStore):
     """Keys and values of all layers and slots, with the bookkeeping of who owns what."""
 
     def __init__(
-        self, config: DecoderConfig, num_slots: int, capacity: int, scratch: int, dtype: torch.dtype = torch.float32
+        self,
+        config: DecoderConfig,
+        num_slots: int,
+        capacity: int,
+        scratch: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
     ) -> None:
-        super().__init__(config, num_slots, capacity, scratch, dtype)
+        super().__init__(config, num_slots, capacity, scratch, dtype, device)
         self._slots = [_Slot() for _ in range(num_slots)]
         self._free = list(range(num_slots))
         self._tenants = 0

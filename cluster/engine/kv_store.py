@@ -7,7 +7,7 @@ positions to move comes as ``Move``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import torch
 from cluster.engine import huge_pages
 from cluster.engine.model_config import DecoderConfig
 
+CPU = torch.device("cpu")
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -35,14 +36,22 @@ class KVStore:
     """
 
     def __init__(
-        self, config: DecoderConfig, num_slots: int, capacity: int, scratch: int, dtype: torch.dtype = torch.float32
+        self,
+        config: DecoderConfig,
+        num_slots: int,
+        capacity: int,
+        scratch: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
     ) -> None:
         self.num_slots, self.capacity, self.scratch = num_slots, capacity, scratch
         shape = (config.num_layers, 2, num_slots, capacity + scratch, config.num_kv_heads, config.head_dim)
         # Zeros, not garbage: the torch kernels read keys that they then mask, and 0 * NaN would show.
-        self._data = huge_pages.zeros(shape, dtype)
-        # Moves go through numpy: torch would share them out to threads that spin on beside the kernels'.
-        self._bits = self._data.view(_INTEGERS[dtype.itemsize]).numpy()
+        on_cpu = device.type == "cpu"
+        self._data = huge_pages.zeros(shape, dtype) if on_cpu else torch.zeros(shape, dtype=dtype, device=device)
+        # Moves go through numpy there: torch would share them out to threads that spin on beside the kernels'.
+        bits = self._data.view(_INTEGERS[dtype.itemsize])
+        self._bits: Any = bits.numpy() if on_cpu else bits
         self.keys = [self._data[layer, 0] for layer in range(config.num_layers)]
         self.values = [self._data[layer, 1] for layer in range(config.num_layers)]
 

@@ -50,7 +50,7 @@ class Rank:
 
     @property
     def kernels(self) -> str:
-        """Which kernels compute: ``native`` or ``torch``."""
+        """Which kernels compute: ``triton``, ``native`` or ``torch``."""
         return self.decoder.kernels.name
 
     @functools.cached_property
@@ -120,7 +120,7 @@ def rank_of(
 ) -> Rank:
     """A rank of loaded weights; see ``Decoder`` for ``head_tokens``."""
     decoder = Decoder(config, weights, kernels, capacity + scratch, head_tokens=head_tokens)
-    rank = Rank(decoder, KVCache(config, num_slots, capacity, scratch, kernels.dtype))
+    rank = Rank(decoder, KVCache(config, num_slots, capacity, scratch, kernels.dtype, kernels.device))
     rank.warn_if_not_row_invariant()
     return rank
 

@@ -36,13 +36,13 @@ class ShardedForward:
         if features is not None:
             raise ValueError("ranks of a sharded target hand out no hidden states")
         part = self._begin(step, kv)
-        hidden = self._group.sum(self._embed(step.tokens))
+        hidden = self._group.sum(self._embed(step.tokens.to(self._embedding.device)))
         for index in range(self._num_sub_layers):
             if index not in skip:
                 hidden = hidden + self._group.sum(part.addend(index, hidden)).to(hidden.dtype)
         if step.wanted is not None and not len(step.wanted):
             return torch.empty((0, self._vocab_size))
-        return self._group.gather_columns(part.logits(hidden), self._vocab_size)
+        return self._group.gather_columns(part.logits(hidden), self._vocab_size).cpu()
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """(n,) -> (n, hidden): the embeddings of this rank's share of the vocabulary, zeros for other tokens."""

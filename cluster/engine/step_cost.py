@@ -100,8 +100,9 @@ def still_holds(rank: Rank, curve: CostCurve) -> bool:
 
 
 def curve_path(folder: Path, dtype: str, kernels: str, threads: int) -> Path:
-    """Where the curve of this model is kept, by all it depends on: weights, dtype, kernels, code, threads and CPU."""
+    """Where the curve of this model is kept, by all it depends on: weights, dtype, kernels, code, threads, hardware."""
     parts: list[object] = [folder.resolve(), dtype, kernels, threads or torch.get_num_threads(), cpu_name()]
+    parts += [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
     parts += [torch.__version__, (folder / "config.json").read_text()]
     parts += [source.read_text() for source in sorted(Path(__file__).parent.iterdir()) if source.is_file()]
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()

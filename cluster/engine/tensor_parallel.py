@@ -77,8 +77,8 @@ Recruit = Callable[[Sequence[RankPlan]], Crew]
 class MirroredKVCache(KVCache):
     """Rank 0's cache: notes which positions it moves, for the others to move theirs, and whether they are there."""
 
-    def __init__(self, config: DecoderConfig, plan: RankPlan, dtype: torch.dtype, failure: Callable[[], str]) -> None:
-        super().__init__(config, plan.num_slots, plan.capacity, plan.scratch, dtype)
+    def __init__(self, config: DecoderConfig, plan: RankPlan, kernels: Kernels, failure: Callable[[], str]) -> None:
+        super().__init__(config, plan.num_slots, plan.capacity, plan.scratch, kernels.dtype, kernels.device)
         self._moves: list[Move] = []
         self._failure = failure
 
@@ -187,10 +187,10 @@ def build_sharded_rank(
     )
     crew = recruit([replace(plan, shard=Shard(rank, size)) for rank in range(1, size)])
     try:
-        group = RankGroup(meeting, plan.shard, limit_s, lost=crew.failure)
+        group = RankGroup(meeting, plan.shard, limit_s, chosen.device.type, crew.failure)
         decoder = _load(plan, chosen, group)
         group.wait_for_all()
-        rank = ShardedRank(decoder, MirroredKVCache(decoder.config, plan, chosen.dtype, crew.failure), group, crew)
+        rank = ShardedRank(decoder, MirroredKVCache(decoder.config, plan, chosen, crew.failure), group, crew)
         rank.warn_if_not_row_invariant()
     except RankLost as error:
         reason = describe(error, crew)
@@ -210,10 +210,10 @@ def follow(plan: RankPlan) -> None:
     Raises ``RankLost`` where rank 0, or another rank, is gone.
     """
     torch.set_num_threads(plan.threads)
-    group = RankGroup(plan.meeting, plan.shard, plan.limit_s)
-    kernels = choose_kernels(plan.kernels, plan.dtype, plan.threads)
+    kernels = choose_kernels(plan.kernels, plan.dtype, plan.threads, plan.shard.rank)
+    group = RankGroup(plan.meeting, plan.shard, plan.limit_s, kernels.device.type)
     decoder = _load(plan, kernels, group)
-    kv = KVStore(decoder.config, plan.num_slots, plan.capacity, plan.scratch, kernels.dtype)
+    kv = KVStore(decoder.config, plan.num_slots, plan.capacity, plan.scratch, kernels.dtype, kernels.device)
     group.wait_for_all()
     with torch.inference_mode():
         while len(words := group.receive()):

@@ -32,9 +32,15 @@ def build() -> Iterator[Build]:
     made: list[ShardedRank] = []
 
     def build(
-        folder: Path, dtype: str, size: int, kernels: str = "auto", recruit: Recruit = ThreadCrew, limit_s: float = 60.0
+        folder: Path,
+        dtype: str,
+        size: int,
+        kernels: str = "auto",
+        recruit: Recruit = ThreadCrew,
+        limit_s: float = 60.0,
+        scratch: int = 64,
     ) -> ShardedRank:
-        sizes = {"num_slots": 3, "capacity": 96, "scratch": 64, "threads": 1}
+        sizes = {"num_slots": 3, "capacity": 96, "scratch": scratch, "threads": 1}
         made.append(build_sharded_rank(folder, dtype, size, recruit, kernels=kernels, limit_s=limit_s, **sizes))
         return made[-1]
 
@@ -71,6 +77,14 @@ def test_several_ranks_give_one_ranks_logits(make_model, make_rank, build: Build
     for logits, wanted in zip(a_sessions_steps(build(folder, "float64", size)), expected, strict=True):
         assert logits.dtype == torch.float32
         torch.testing.assert_close(logits, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_ranks_that_compute_in_triton_give_one_ranks_logits(make_model, make_rank, build: Build) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("triton")
+    folder = make_model("llama", num_hidden_layers=1)[1]
+    ranks = build(folder, "float32", 2, "triton", scratch=8), make_rank(folder, "float32", "torch")
+    found, wanted = (rank.forward([rows(prefill(rank, PROMPT[:9], chunk=8), TREE, TREE_PARENTS)]) for rank in ranks)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.3)])

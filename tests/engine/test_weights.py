@@ -54,7 +54,7 @@ def test_an_unknown_dtype_or_kernel_is_refused_naming_the_choices(make_model):
     sizes = {"num_slots": 1, "capacity": 32, "scratch": 8}
     with pytest.raises(ConfigError, match=r"dtype: 'float16'.*bfloat16, float32, float64"):
         build_rank(folder, "float16", **sizes)
-    with pytest.raises(ConfigError, match=r"kernels: 'cuda'.*auto, native, torch"):
+    with pytest.raises(ConfigError, match=r"kernels: 'cuda'.*auto, triton, native, torch"):
         build_rank(folder, "float32", kernels="cuda", **sizes)
     with pytest.raises(ConfigError, match=r"native cannot be used.*float64"):
         build_rank(folder, "float64", kernels="native", **sizes)
