@@ -114,22 +114,18 @@ def choose_kernels(choice: str, dtype: str, threads: int = 0, rank: int = 0) -> 
     if choice not in ("auto", *_MAKERS):
         raise ConfigError(f"kernels: {choice!r} is not supported; allowed: auto, {', '.join(_MAKERS)}")
     threads = threads or torch.get_num_threads()
-    reasons: list[str] = []
-    for name in _MAKERS if choice == "auto" else (choice,):
+    # Triton's interpreter is for tests that ask for it by name.
+    preferred = [name for name in _MAKERS if name != "triton" or torch.cuda.is_available()]
+    reasons = ""
+    for name in preferred if choice == "auto" else [choice]:
         try:
-            if choice == "auto" and name == "triton" and not torch.cuda.is_available():
-                continue  # nor the interpreter, which is for tests
             kernels = _MAKERS[name](DTYPES[dtype], threads, rank)
         except KernelsUnavailable as error:
-            if choice != "auto":
-                raise ConfigError(f"kernels: {name} cannot be used: {error}; allowed here: auto, torch") from error
-            reasons.append(f"{name}: {error}")
+            reasons += f" ({name} cannot be used: {error})"
         else:
-            logger.info(
-                "kernels: %s, %s, %d CPU threads%s", name, dtype, threads, "".join(f" ({each})" for each in reasons)
-            )
+            logger.info("kernels: %s, %s, %d CPU threads%s", name, dtype, threads, reasons)
             return kernels
-    raise AssertionError("torch's are always there")
+    raise ConfigError(f"kernels:{reasons}; allowed here: auto, torch")
 
 
 def _triton(dtype: torch.dtype, threads: int, rank: int) -> Kernels:

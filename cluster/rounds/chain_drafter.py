@@ -101,7 +101,7 @@ class ChainDrafter:
             for text, new in followed:
                 if new and text is not None:
                     self._pipeline.open(text, self._pipeline.stages)
-            chains = self._chains(texts)
+            chains = self._chains(texts, len(rows))
             by_text = dict(zip((text.id for text in texts), chains))
             self._drafts = sum(map(len, chains))
             self._steps += 1
@@ -159,21 +159,22 @@ class ChainDrafter:
         self._offers = None
         self._bases = {text.id: text.base for text in texts}
 
-    def _chains(self, texts: Sequence[RowText]) -> list[list[int]]:
-        trees = self._trees(texts)
+    def _chains(self, texts: Sequence[RowText], rows: int) -> list[list[int]]:
+        """``rows``: of the step, also those that want no guesses."""
+        trees = self._trees(texts, rows)
         best = {text.id: best_chain(trees[text.id], text.max_drafts) for text in texts if text.id in trees}
         offered = {name: chain for name, chain in best.items() if len(chain)}
         if not offered:
             return [[] for _ in texts]
         self._offers = lay_out(list(offered), list(offered.values()))
         scores = [path.tolist() for path in self._calibration.scores(self._offers)]
-        lengths = dict(zip(offered, self._lengths.choose(len(texts), scores)))
+        lengths = dict(zip(offered, self._lengths.choose(rows, scores)))
         for name, length in lengths.items():
             self._pipeline.verified(name, offered[name].take(np.arange(length)))
         return [offered[t.id].tokens[: lengths[t.id]].tolist() if t.id in offered else [] for t in texts]
 
-    def _trees(self, texts: Sequence[RowText]) -> dict[str, TokenTree]:
-        pipeline, step_s = self._pipeline, self._times.seconds(len(texts), 0)
+    def _trees(self, texts: Sequence[RowText], rows: int) -> dict[str, TokenTree]:
+        pipeline, step_s = self._pipeline, self._times.seconds(rows, 0)
         pipeline.ask([(text, pipeline.stages, self._tree_nodes) for text in texts])
         waiting = sum(pipeline.awaits(text.id, math.inf) for text in texts)
         start = self._clock()

@@ -82,7 +82,8 @@ def test_several_ranks_give_one_ranks_logits(make_model, make_rank, build: Build
 def test_ranks_that_compute_in_triton_give_one_ranks_logits(make_model, make_rank, build: Build) -> None:  # type: ignore[no-untyped-def]
     pytest.importorskip("triton")
     folder = make_model("llama", num_hidden_layers=1)[1]
-    ranks = build(folder, "float32", 2, "triton", scratch=8), make_rank(folder, "float32", "torch")
+    # In processes of their own: Triton's interpreter is not for threads.
+    ranks = build(folder, "float32", 2, "triton", LocalCrew, scratch=8), make_rank(folder, "float32", "torch")
     found, wanted = (rank.forward([rows(prefill(rank, PROMPT[:9], chunk=8), TREE, TREE_PARENTS)]) for rank in ranks)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
