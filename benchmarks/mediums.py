@@ -73,7 +73,7 @@ class DistilledMedium:
         if folder is None:
             raise SystemExit(f"--draft: {source} is not a folder that drafters.training.distill made")
         kernels = choose_kernels("auto", dtype, threads)
-        config, weights, head_tokens = load_draft(folder, target, kernels.dtype)
+        config, weights, head_tokens = load_draft(folder, target, kernels.dtype, kernels.device)
         self._longest = max(len(record.prompt) + len(record.output) for record in records) + 1
         decoder = Decoder(config, weights, kernels, 2 * self._longest + 256, head_tokens=head_tokens)
         self._rank = _CountingRank(

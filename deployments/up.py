@@ -38,6 +38,8 @@ RAY_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray would run the engine at niceness 15: whatever else wants a core would take it.
     "RAY_worker_niceness": "0",
+    # Who reserves no GPU is to see none: kernels are chosen by what is there.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "3",
     # Every streamed item and every draft is a call; Ray's record of calls would grow by tens of MB per 1,000 requests.
     "RAY_task_events_report_interval_ms": "0",

@@ -9,6 +9,7 @@ folder only their user can read, and listen on the loopback interface alone.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -45,6 +46,9 @@ def _gloo(store: Any, shard: Shard, limit: timedelta) -> Any:
 
 
 def _nccl(store: Any, shard: Shard, limit: timedelta) -> Any:
+    # As over gloo: a wait ends when the ranks have met, or raises after the limit; and nothing listens to the network.
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = limit
     return dist.ProcessGroupNCCL(store, shard.rank, shard.size, options)

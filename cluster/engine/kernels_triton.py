@@ -12,7 +12,7 @@ yet: tile sizes are chosen on paper.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -33,8 +33,10 @@ WIDE_OUTPUTS = 16_384  # enough tiles for every multiprocessor either way
 KEY_BLOCK = 64
 LEAST_TILE = 16  # of any side of a product
 SIZES = (1, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)  # rows that a step is padded to
-GRAPH_AFTER = 2  # steps of one shape run as they are; then they are captured
+GRAPH_AFTER = 2  # steps of one shape run as they are; then they are captured ...
+SKIP_GRAPH_AFTER = 32  # ... later with sub-layers skipped: a search tries many sets a few times
 MAX_GRAPHS = 64
+LEAST_CAPABILITY = (8, 0)  # bf16 products
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 COLUMNS, CACHE_ROW = 6, 4  # of a row on the device, before its path
 
@@ -53,7 +55,7 @@ def _rounded(x, kind: tl.constexpr):
     return x.to(kind).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # or one row, or 16, would run other code than 15
 def _linear(
     x, weight, bias, narrow, outer, residual, out, rows, inputs, outputs, gate_stride, outer_gate_stride, rank,
     GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, RANK: tl.constexpr,
@@ -112,7 +114,7 @@ def _norm(x, weight, out, width, eps, WIDTH: tl.constexpr):
     tl.store(out + at + k, result.to(x.dtype.element_ty), mask=k < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride"])
 def _rope_store(
     qkv, q_norm, k_norm, cos, sin, positions, cache_rows, stride, keys, values, heads, kv_heads, dim, eps,
     NORMS: tl.constexpr, HALF: tl.constexpr,
@@ -157,7 +159,7 @@ def _rope_store(
             tl.store(to + half + k, turned_high, mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride"])
 def _attention(
     qkv, keys, values, out, slots, prefixes, path_lengths, paths, stride, slot_size, heads, kv_heads, dim, scale,
     GROUP: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
@@ -195,21 +197,18 @@ def _attention(
 
 
 class TritonKernels(OperatorKernels):
-    """``Kernels`` for fp32 and bf16 on the GPU number ``rank`` of those this process sees, or in the interpreter.
+    """``Kernels`` for fp32 and bf16, in the interpreter or on a GPU.
 
-    Raises ``KernelsUnavailable`` where there is neither, or for another dtype.
+    That is the only one this process sees (Ray gives each rank its own), or number ``rank`` of several.
+    Raises ``KernelsUnavailable`` where there is none that can, or for another dtype.
     """
 
     def __init__(self, dtype: torch.dtype, rank: int = 0) -> None:
         if dtype not in TILE_ROWS:
             raise KernelsUnavailable(f"they compute in {', '.join(map(str, TILE_ROWS))}, not {dtype}")
         self.interpreted = bool(INTERPRETED)
-        if not self.interpreted and not torch.cuda.is_available():
-            raise KernelsUnavailable("torch sees no GPU")
-        device = "cpu" if self.interpreted else f"cuda:{rank % torch.cuda.device_count()}"
-        super().__init__("triton", dtype, torch.device(device))
-        if not self.interpreted:
-            torch.cuda.set_device(self.device)  # of the thread that follows orders; rank 0's threads have theirs
+        device = torch.device("cpu") if self.interpreted else _gpu(rank)
+        super().__init__("triton", dtype, device)
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, wide: bool = False) -> PackedLinear:
         kept = None if bias is None else self.place(bias)
@@ -290,6 +289,18 @@ class TritonKernels(OperatorKernels):
         return out
 
 
+def _gpu(rank: int) -> torch.device:
+    """The GPU of a rank, made the calling thread's own: ranks that follow have one thread, rank 0's have the first."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0 or 1 < count <= rank:
+        raise KernelsUnavailable(f"torch sees {count} GPUs, this is rank {rank}")
+    device = torch.device("cuda", rank if count > 1 else 0)
+    if (capability := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
+        raise KernelsUnavailable(f"compute capability {capability}; allowed: {LEAST_CAPABILITY} and above")
+    torch.cuda.set_device(device)
+    return device
+
+
 class _DeviceRows:
     """Rows of a step on the device, at addresses that stay: ``size`` of them, with paths of up to ``width``."""
 
@@ -318,7 +329,9 @@ class _TritonForward:
         self._kernels, self._model = kernels, model
         self._rows: dict[tuple[int, int], _DeviceRows] = {}
         self._seen: Counter[Any] = Counter()
-        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._graphs: OrderedDict[Any, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = OrderedDict()
+        # One pool for all: what a graph leaves in it is read before the next one runs.
+        self._pool = None if kernels.interpreted else torch.cuda.graph_pool_handle()
 
     def __call__(
         self, step: StepRows, kv: KVStore, skip: frozenset[int], features: torch.Tensor | None
@@ -330,20 +343,26 @@ class _TritonForward:
             self._rows[shape] = _DeviceRows(*shape, self._kernels.device)
         rows = self._rows[shape]
         rows.fill(step)
-        hidden = self._layers((shape, id(kv), skip), lambda: self._kernels.layers(self._model, rows.step, kv, skip))
+        hidden = self._layers(
+            (shape, kv.keys[0].data_ptr(), skip), lambda: self._kernels.layers(self._model, rows.step, kv, skip)
+        )
         return self._kernels.logits(self._model, hidden[:count], step.wanted, features).cpu()
 
     def _layers(self, key: Any, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        if key in self._graphs:
-            graph, hidden = self._graphs[key]
-            graph.replay()
-            return hidden
-        self._seen[key] += 1
-        if self._kernels.interpreted or self._seen[key] <= GRAPH_AFTER or len(self._graphs) == MAX_GRAPHS:
-            return compute()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            hidden = compute()
-        self._graphs[key] = graph, hidden
+        """``key``: of what ``compute`` launches: padded shape, cache, skipped sub-layers."""
+        if key not in self._graphs:
+            self._seen[key] += 1
+            enough = SKIP_GRAPH_AFTER if key[-1] else GRAPH_AFTER
+            if self._kernels.interpreted or self._seen[key] <= enough:
+                return compute()
+            del self._seen[key]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                hidden = compute()
+            self._graphs[key] = graph, hidden
+            if len(self._graphs) > MAX_GRAPHS:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        graph, hidden = self._graphs[key]
         graph.replay()
         return hidden

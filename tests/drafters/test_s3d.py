@@ -66,7 +66,7 @@ def rank_in(kernels: str, dtype: str) -> Rank:
     config = tiny_config()
     chosen = choose_kernels(kernels, dtype, 1)
     weights = {name: value.to(chosen.dtype) for name, value in tiny_weights(config, 0).items()}
-    return Rank(Decoder(config, weights, chosen, 96), KVCache(config, 2, 64, 32, chosen.dtype))
+    return Rank(Decoder(config, weights, chosen, 96), KVCache(config, 2, 64, 32, chosen.dtype, chosen.device))
 
 
 # ---- the tree

@@ -12,6 +12,17 @@ from triton.compiler import ASTSource
 from cluster.engine import kernels_triton as kernels
 
 GENERATIONS = (80, 90)  # A100, H100 and H200
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # that a block may have
+SIZES = {
+    "inputs",
+    "outputs",
+    "gate_stride",
+    "outer_gate_stride",
+    "width",
+    "heads",
+    "dim",
+    "slot_size",
+}  # multiples of 16
 FLOATS = {"eps", "scale"}
 TABLES = {"positions", "cache_rows", "slots", "prefixes", "path_lengths", "paths"}
 TENSORS = {"x", "weight", "bias", "narrow", "outer", "residual", "out", "qkv", "q_norm", "k_norm", "keys", "values"}
@@ -34,10 +45,14 @@ def compile_one(kernel: Any, dtype: str, generation: int, constants: dict[str, A
         )
 
     signature = {name: kinds.get(name) or kind(name) for name in kernel.arg_names}
-    source = ASTSource(kernel, signature, constants)
+    # What a launch knows of its arguments decides which loads are wide and ahead of time, and so the memory they take.
+    aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in SIZES]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32))
     assert compiled.asm["cubin"]
-    print(kernel.__name__, dtype, generation, flush=True)
+    assert compiled.metadata.shared <= SHARED_BYTES[generation]
+    print(kernel.__name__, dtype, generation, compiled.metadata.shared, flush=True)
 
 
 if __name__ == "__main__":
