@@ -73,11 +73,11 @@ class DistilledMedium:
         if folder is None:
             raise SystemExit(f"--draft: {source} is not a folder that drafters.training.distill made")
         kernels = choose_kernels("auto", dtype, threads)
-        config, weights, head_tokens = load_draft(folder, target, kernels.dtype, kernels.device)
+        config, weights, head_tokens = load_draft(folder, target, kernels.dtype)
         self._longest = max(len(record.prompt) + len(record.output) for record in records) + 1
         decoder = Decoder(config, weights, kernels, 2 * self._longest + 256, head_tokens=head_tokens)
         self._rank = _CountingRank(
-            decoder, KVCache(config, self.sessions, self._longest, self._longest + 256, kernels.dtype)
+            decoder, KVCache(config, self.sessions, self._longest, self._longest + 256, kernels.dtype, kernels.device)
         )
         self.provenance = DraftHeader.read(folder).provenance
         read = config.num_layers * layer_weights(config) + config.hidden_size * len(head_tokens)
