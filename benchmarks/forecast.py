@@ -5,7 +5,7 @@
 Decodes the prompts plainly and with the drafter, in turn, and once more with every guess verified, to learn what
 guesses are worth. From their calibrated chances and the measured cost curve follows the forecast, which stands beside
 the measured speed-up; and the same on a curve that is flat up to ``--flat-rows`` rows, with trees of up to
-``--flat-nodes``, by category. Drafting counts as measured in this machine's processor. The last line is JSON.
+``--flat-nodes``, by category. Drafting counts as it was measured here. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -153,9 +153,8 @@ def report(
     measured = statistics.median(guessing / plain for plain, guessing in pairs)
     print(f"measured  {measured:.3f} x plain decoding ({len(pairs)} interleaved runs)")
     print(f"forecast  {line(here)}")
-    emitted = {
-        name: count / sum(map(len, recorded.rounds[name])) for name, count in recorded.emitted.items()
-    }  # in a session's round of as many nodes as there were
+    # In a session's round, all nodes verified.
+    emitted = {name: count / sum(map(len, recorded.rounds[name])) for name, count in recorded.emitted.items()}
     print(f"on a cost curve flat to {args.flat_rows} rows:")
     for name, each in wide.items():
         print(f"  {name:<20} {line(each)}; {emitted[name]:.2f} tokens a round measured with all")

@@ -55,6 +55,20 @@ def _rounded(x, kind: tl.constexpr):
     return x.to(kind).to(tl.float32)
 
 
+@triton.jit
+def _add_products(
+    first, second, x, weight, row, column, k, width, has_row, has_column, gate_stride, GATED: tl.constexpr
+):  # fmt: skip
+    """To ``first`` the product of a tile of x and one of the weight, rows of ``width``; to ``second`` the gated one."""
+    a = tl.load(x + row * width + k[None, :], mask=has_row & (k[None, :] < width), other=0.0)
+    at = weight + column * width + k[:, None]
+    known = has_column & (k[:, None] < width)
+    first = _dot(a, tl.load(at, mask=known, other=0.0), first)
+    if GATED:
+        second = _dot(a, tl.load(at + gate_stride, mask=known, other=0.0), second)
+    return first, second
+
+
 @triton.jit(do_not_specialize=["rows"])  # or one row, or 16, would run other code than 15
 def _linear(
     x, weight, bias, narrow, outer, residual, out, rows, inputs, outputs, gate_stride, outer_gate_stride, rank,
@@ -70,22 +84,14 @@ def _linear(
     second = tl.zeros((TILE_M, TILE_N), tl.float32)
     for start in range(0, inputs, TILE_K):
         k = start + tl.arange(0, TILE_K)
-        a = tl.load(x + row * inputs + k[None, :], mask=has_row & (k[None, :] < inputs), other=0.0)
-        at = weight + column * inputs + k[:, None]
-        known = has_column & (k[:, None] < inputs)
-        first = _dot(a, tl.load(at, mask=known, other=0.0), first)
-        if GATED:
-            b = tl.load(at + gate_stride, mask=known, other=0.0)
-            second = _dot(a, b, second)
+        first, second = _add_products(
+            first, second, x, weight, row, column, k, inputs, has_row, has_column, gate_stride, GATED
+        )
     if RANK > 0:
         k = tl.arange(0, RANK)
-        a = tl.load(narrow + row * rank + k[None, :], mask=has_row & (k[None, :] < rank), other=0.0)
-        at = outer + column * rank + k[:, None]
-        known = has_column & (k[:, None] < rank)
-        first = _dot(a, tl.load(at, mask=known, other=0.0), first)
-        if GATED:
-            b = tl.load(at + outer_gate_stride, mask=known, other=0.0)
-            second = _dot(a, b, second)
+        first, second = _add_products(
+            first, second, narrow, outer, row, column, k, rank, has_row, has_column, outer_gate_stride, GATED
+        )
     if BIAS:
         first += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
         if GATED:
@@ -108,10 +114,9 @@ def _norm(x, weight, out, width, eps, WIDTH: tl.constexpr):
     k = tl.arange(0, WIDTH)
     values = tl.load(x + at + k, mask=k < width, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(values * values, 0) / width + eps)
-    result = _rounded(values * scale, x.dtype.element_ty) * tl.load(weight + k, mask=k < width, other=0.0).to(
-        tl.float32
-    )
-    tl.store(out + at + k, result.to(x.dtype.element_ty), mask=k < width)
+    unit = _rounded(values * scale, x.dtype.element_ty)
+    scaled = unit * tl.load(weight + k, mask=k < width, other=0.0).to(tl.float32)
+    tl.store(out + at + k, scaled.to(x.dtype.element_ty), mask=k < width)
 
 
 @triton.jit(do_not_specialize=["stride"])
@@ -206,9 +211,7 @@ class TritonKernels(OperatorKernels):
     def __init__(self, dtype: torch.dtype, rank: int = 0) -> None:
         if dtype not in TILE_ROWS:
             raise KernelsUnavailable(f"they compute in {', '.join(map(str, TILE_ROWS))}, not {dtype}")
-        self.interpreted = bool(INTERPRETED)
-        device = torch.device("cpu") if self.interpreted else _gpu(rank)
-        super().__init__("triton", dtype, device)
+        super().__init__("triton", dtype, torch.device("cpu") if INTERPRETED else _gpu(rank))
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, wide: bool = False) -> PackedLinear:
         kept = None if bias is None else self.place(bias)
@@ -331,7 +334,7 @@ class _TritonForward:
         self._seen: Counter[Any] = Counter()
         self._graphs: OrderedDict[Any, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = OrderedDict()
         # One pool for all: what a graph leaves in it is read before the next one runs.
-        self._pool = None if kernels.interpreted else torch.cuda.graph_pool_handle()
+        self._pool = None if INTERPRETED else torch.cuda.graph_pool_handle()
 
     def __call__(
         self, step: StepRows, kv: KVStore, skip: frozenset[int], features: torch.Tensor | None
@@ -353,7 +356,7 @@ class _TritonForward:
         if key not in self._graphs:
             self._seen[key] += 1
             enough = SKIP_GRAPH_AFTER if key[-1] else GRAPH_AFTER
-            if self._kernels.interpreted or self._seen[key] <= enough:
+            if INTERPRETED or self._seen[key] <= enough:
                 return compute()
             del self._seen[key]
             graph = torch.cuda.CUDAGraph()
