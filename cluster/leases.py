@@ -11,24 +11,21 @@ import asyncio
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from ray import serve
 
 from cluster.core.errors import ConfigError
 from cluster.core.types import STAGE_NAMES
-from cluster.rounds.messages import PROTOCOL_VERSION, DraftAsk, DraftReply, Lease
-from cluster.rounds.pipeline import ChainAsk
+from cluster.rounds.messages import PROTOCOL_VERSION, DraftAsk, Lease
+from cluster.rounds.pipeline import ChainAsk, Deliver, Fail
 
 log = logging.getLogger(__name__)
 
 REOPEN_AFTER_S = 1.0
 CALL_LIMIT_S = 30.0  # a call without an answer for so long is given up: its worker hangs
 STOP_LIMIT_S = 10.0
-
-Deliver = Callable[[DraftReply], None]
-Fail = Callable[[str, Sequence[str]], None]
 
 
 def deployment_name(stage: str) -> str:
@@ -62,8 +59,8 @@ class RayDraftTransport:
     def open(self, session_id: str, stages: Sequence[str]) -> None:
         self._loop.call_soon_threadsafe(self._open, session_id, tuple(stages))
 
-    def ready(self, session_id: str, stage: str) -> bool:
-        return (session_id, stage) in self._workers
+    def worker(self, session_id: str, stage: str) -> Hashable:
+        return self._workers.get((session_id, stage))
 
     def draft(self, chains: Sequence[ChainAsk], deliver: Deliver, fail: Fail) -> None:
         self._loop.call_soon_threadsafe(self._send, chains, deliver, fail)
@@ -141,7 +138,7 @@ class RayDraftTransport:
             workers = tuple((stage, self._workers.get((chain.session_id, stage))) for stage in chain.asks)
             lost = next((stage for stage, worker in workers if worker is None), None)
             if lost is not None:
-                fail(lost, [chain.session_id])  # its lease ended a moment ago
+                fail(lost, None, [chain.session_id])  # its lease ended a moment ago
             else:
                 groups[workers].append(chain)
         for workers, members in groups.items():
@@ -153,18 +150,18 @@ class RayDraftTransport:
         self, workers: Sequence[tuple[str, Any]], members: Sequence[ChainAsk], deliver: Deliver, fail: Fail
     ) -> None:
         refs: list[Any] = []
-        stage = ""
+        stage, worker = "", None
         try:
             for stage, worker in workers:
                 asks: list[DraftAsk] = [chain.asks[stage] for chain in members]
                 # The upstream's ref is an argument: its trees go from worker to worker, nobody waits for them here.
                 refs.append(worker.draft.remote(self._verifier, asks, *refs[-1:]))
             async with asyncio.timeout(CALL_LIMIT_S):
-                for worker_of_stage, ref in zip(workers, refs):
-                    stage = worker_of_stage[0]
-                    deliver(await ref)
+                for at, ref in zip(workers, refs):
+                    stage, worker = at
+                    deliver(worker, await ref)
         except TimeoutError:
             log.warning("stage %s did not answer a call within %g s", stage, CALL_LIMIT_S)
         except Exception as error:  # whatever it is, it costs this round's trees and nothing else
             log.debug("a draft call to stage %s failed: %r", stage, error)
-            fail(stage, [chain.session_id for chain in members])
+            fail(stage, worker, [chain.session_id for chain in members])

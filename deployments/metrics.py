@@ -126,16 +126,16 @@ BY_KEY: Sequence[tuple[type[Metric], str, str, str, Callable[[Load], Mapping[Any
     ),
     (
         GaugeMetricFamily,
-        "paceline:breaker_open",
+        "paceline:breakers_open",
         "stage",
-        "1: the stage is left out until a probe succeeds.",
-        _by_stage(lambda stage: stage.breaker_open),
+        "Workers of the stage that are left out until a probe of them succeeds.",
+        _by_stage(lambda stage: stage.breakers_open),
     ),
     (
         CounterMetricFamily,
         "paceline:breaker_openings",
         "stage",
-        "How often the stage's breaker opened.",
+        "How often a breaker of the stage's workers opened.",
         _by_stage(lambda stage: stage.breaker_openings),
     ),
     (

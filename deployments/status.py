@@ -108,11 +108,11 @@ def acceptance(stats: pb.EngineStats) -> str:
 
 def stage_line(stage: pb.StageStats, misses: int) -> str:
     """A remote stage: whether it is in use, how long its workers take, and what of its trees came to nothing."""
-    state = "LEFT OUT until a probe succeeds (breaker open)" if stage.breaker_open else "in use"
+    state = f"{stage.breakers_open} worker(s) LEFT OUT until a probe succeeds" if stage.breakers_open else "in use"
     took = f" of {1e3 * stage.busy_s / stage.answers:.1f} ms" if stage.answers else ""
     return (
         f"{state}; {stage.answers:,} answers{took}, {misses:,} deadlines missed, "
-        f"breaker opened {stage.breaker_openings:,} times; "
+        f"breakers opened {stage.breaker_openings:,} times; "
         f"trees: {stage.late_trees:,} late, {stage.refused_trees:,} refused; {stage.wasted_nodes:,} nodes wasted"
     )
 

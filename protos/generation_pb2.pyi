@@ -354,8 +354,8 @@ class EngineStats(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., preemptions: _Optional[int] = ..., drafts: _Optional[int] = ..., drafted: _Optional[_Mapping[str, int]] = ..., accepted: _Optional[_Mapping[str, int]] = ..., finished: _Optional[_Mapping[str, int]] = ..., accepted_per_pos: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StageStats(_message.Message):
-    __slots__ = ("breaker_open", "breaker_openings", "answers", "busy_s", "late_trees", "refused_trees", "wasted_nodes", "draft_age")
-    BREAKER_OPEN_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("breakers_open", "breaker_openings", "answers", "busy_s", "late_trees", "refused_trees", "wasted_nodes", "draft_age")
+    BREAKERS_OPEN_FIELD_NUMBER: _ClassVar[int]
     BREAKER_OPENINGS_FIELD_NUMBER: _ClassVar[int]
     ANSWERS_FIELD_NUMBER: _ClassVar[int]
     BUSY_S_FIELD_NUMBER: _ClassVar[int]
@@ -363,7 +363,7 @@ class StageStats(_message.Message):
     REFUSED_TREES_FIELD_NUMBER: _ClassVar[int]
     WASTED_NODES_FIELD_NUMBER: _ClassVar[int]
     DRAFT_AGE_FIELD_NUMBER: _ClassVar[int]
-    breaker_open: bool
+    breakers_open: int
     breaker_openings: int
     answers: int
     busy_s: float
@@ -371,7 +371,7 @@ class StageStats(_message.Message):
     refused_trees: int
     wasted_nodes: int
     draft_age: Histogram
-    def __init__(self, breaker_open: _Optional[bool] = ..., breaker_openings: _Optional[int] = ..., answers: _Optional[int] = ..., busy_s: _Optional[float] = ..., late_trees: _Optional[int] = ..., refused_trees: _Optional[int] = ..., wasted_nodes: _Optional[int] = ..., draft_age: _Optional[_Union[Histogram, _Mapping]] = ...) -> None: ...
+    def __init__(self, breakers_open: _Optional[int] = ..., breaker_openings: _Optional[int] = ..., answers: _Optional[int] = ..., busy_s: _Optional[float] = ..., late_trees: _Optional[int] = ..., refused_trees: _Optional[int] = ..., wasted_nodes: _Optional[int] = ..., draft_age: _Optional[_Union[Histogram, _Mapping]] = ...) -> None: ...
 
 class Histogram(_message.Message):
     __slots__ = ("bounds", "counts", "total")

@@ -13,8 +13,7 @@ from cluster.core.errors import UnknownSession
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import Origin, SamplingParams
 from cluster.rounds.draft_worker import DraftWorker
-from cluster.rounds.messages import DraftReply
-from cluster.rounds.pipeline import ChainAsk
+from cluster.rounds.pipeline import ChainAsk, Deliver, Fail
 from drafters.base import Ask
 
 
@@ -165,9 +164,10 @@ class InProcessTransport:
 
     def __init__(self, workers: Mapping[str, DraftWorker], seed: int = 0) -> None:
         self.workers = dict(workers)
+        self.placed: dict[tuple[str, str], DraftWorker] = {}  # (session, stage) -> another worker of that stage
         self.drop = self.duplicate = 0.0
         self.delay_s: tuple[float, float] = (0.0, 0.0)
-        self.hung: set[str] = set()
+        self.hung: set[str | DraftWorker] = set()  # stages, or single workers
         self.dead: set[str] = set()
         self.calls = 0
         self._random = random.Random(seed)
@@ -178,23 +178,19 @@ class InProcessTransport:
     def open(self, session_id: str, stages: Sequence[str]) -> None:
         self._open[session_id] = set(stages) & set(self.workers)
 
-    def ready(self, session_id: str, stage: str) -> bool:
-        return stage in self._open.get(session_id, ())
+    def worker(self, session_id: str, stage: str) -> DraftWorker | None:
+        there = stage in self._open.get(session_id, ())
+        return self.placed.get((session_id, stage), self.workers[stage]) if there else None
 
     def close(self, session_id: str) -> None:
         for stage in self._open.pop(session_id, ()):
             with self._lock:
-                self.workers[stage].end("test", session_id)
+                self.placed.pop((session_id, stage), self.workers[stage]).end("test", session_id)
 
     def leases(self) -> dict[str, int]:
         return {stage: sum(stage in stages for stages in self._open.values()) for stage in self.workers}
 
-    def draft(
-        self,
-        chains: Sequence[ChainAsk],
-        deliver: Callable[[DraftReply], None],
-        fail: Callable[[str, Sequence[str]], None],
-    ) -> None:
+    def draft(self, chains: Sequence[ChainAsk], deliver: Deliver, fail: Fail) -> None:
         for chain in chains:
             self.calls += 1
             if self._random.random() < self.drop:
@@ -211,23 +207,18 @@ class InProcessTransport:
         for thread in self._threads:
             thread.join(timeout=10.0)
 
-    def _run(
-        self,
-        chain: ChainAsk,
-        deliver: Callable[[DraftReply], None],
-        fail: Callable[[str, Sequence[str]], None],
-        delay: float,
-    ) -> None:
+    def _run(self, chain: ChainAsk, deliver: Deliver, fail: Fail, delay: float) -> None:
         time.sleep(delay)
         reply = None
         for stage, ask in chain.asks.items():
-            if stage in self.hung:
+            worker = self.placed.get((chain.session_id, stage), self.workers[stage])
+            if stage in self.hung or worker in self.hung:
                 return
             if stage in self.dead:
-                fail(stage, [chain.session_id])
+                fail(stage, worker, [chain.session_id])
                 return
             with self._lock:
                 if chain.session_id not in self._open:
                     return
-                reply = self.workers[stage].draft("test", [ask], reply)
-            deliver(reply)
+                reply = worker.draft("test", [ask], reply)
+            deliver(worker, reply)

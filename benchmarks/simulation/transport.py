@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from benchmarks.simulation.pool import Call, Pool, SimulatedWorker
 from benchmarks.simulation.virtual_time import EventLoop
 from cluster.rounds.messages import DraftAsk, DraftReply
-from cluster.rounds.pipeline import ChainAsk
+from cluster.rounds.pipeline import ChainAsk, Deliver, Fail
 
 REOPEN_AFTER_S = 1.0  # as ``cluster.leases``, which cannot be imported without Ray
-
-Deliver = Callable[[DraftReply], None]
-Fail = Callable[[str, Sequence[str]], None]
 
 
 class SimulatedTransport:
@@ -46,16 +43,16 @@ class SimulatedTransport:
         self._opening += [(session_id, stage) for stage in stages]
         self._open |= {(session_id, stage) for stage in stages}
 
-    def ready(self, session_id: str, stage: str) -> bool:
+    def worker(self, session_id: str, stage: str) -> SimulatedWorker | None:
         worker = self._workers.get((session_id, stage))
-        return worker is not None and not worker.gone
+        return None if worker is None or worker.gone else worker
 
     def draft(self, chains: Sequence[ChainAsk], deliver: Deliver, fail: Fail) -> None:
         groups: dict[tuple[SimulatedWorker, ...], list[ChainAsk]] = defaultdict(list)
         for chain in chains:
-            lost = next((stage for stage in chain.asks if not self.ready(chain.session_id, stage)), None)
+            lost = next((stage for stage in chain.asks if self.worker(chain.session_id, stage) is None), None)
             if lost is not None:
-                fail(lost, [chain.session_id])
+                fail(lost, None, [chain.session_id])
             else:
                 groups[tuple(self._workers[chain.session_id, stage] for stage in chain.asks)].append(chain)
         for workers, members in groups.items():
@@ -115,11 +112,11 @@ class SimulatedTransport:
         asks: list[DraftAsk] = [chain.asks[stage] for chain in members]
 
         def done(reply: DraftReply) -> None:
-            self._loop.after(self._hop(), lambda: deliver(reply))
+            self._loop.after(self._hop(), lambda: deliver(worker, reply))
             self._call(rest, members, reply, deliver, fail)
 
         def lost() -> None:
-            self._loop.after(self._hop(), lambda: fail(stage, [chain.session_id for chain in members]))
+            self._loop.after(self._hop(), lambda: fail(stage, worker, [chain.session_id for chain in members]))
 
         call = Call(self._verifier, asks, upstream, done, lost)
         self._loop.after(self._hop(), lambda: worker.call(call))

@@ -271,13 +271,13 @@ class EngineStats:
 class StageStats:
     """One remote stage as its target sees it; counts are totals since start.
 
-    ``breaker_open``: it is left out until a probe succeeds. ``answers``: calls that came back; ``busy_s``: seconds that
-    workers say they computed for them. ``late_trees`` came when their round had begun without them; ``refused_trees``
-    broke the rules or hung on no state of their session. ``wasted_nodes`` the stage guessed and no step verified.
-    ``draft_age``: seconds from a tree's arrival to the round that took it.
+    ``breakers_open``: workers left out until a probe of them succeeds. ``answers``: calls that came back; ``busy_s``:
+    seconds that workers say they computed for them. ``late_trees`` came when their round had begun without them;
+    ``refused_trees`` broke the rules or hung on no state of their session. ``wasted_nodes`` the stage guessed and no
+    step verified. ``draft_age``: seconds from a tree's arrival to the round that took it.
     """
 
-    breaker_open: bool = False
+    breakers_open: int = 0
     breaker_openings: int = 0
     answers: int = 0
     busy_s: float = 0.0

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 from cluster.rounds.draft_worker import DraftWorker
 from cluster.rounds.messages import DraftReply
-from cluster.rounds.pipeline import ChainAsk
+from cluster.rounds.pipeline import ChainAsk, Deliver, Fail
 
 VERIFIER = "here"
 
@@ -21,20 +21,15 @@ class InlineTransport:
     def open(self, session_id: str, stages: Sequence[str]) -> None:
         """Every stage is ready for every session."""
 
-    def ready(self, session_id: str, stage: str) -> bool:
-        return stage in self._workers
+    def worker(self, session_id: str, stage: str) -> Hashable:
+        return self._workers.get(stage)
 
-    def draft(
-        self,
-        chains: Sequence[ChainAsk],
-        deliver: Callable[[DraftReply], None],
-        fail: Callable[[str, Sequence[str]], None],
-    ) -> None:
+    def draft(self, chains: Sequence[ChainAsk], deliver: Deliver, fail: Fail) -> None:
         for chain in chains:
             reply: DraftReply | None = None
             for stage, ask in chain.asks.items():
                 reply = self._workers[stage].draft(VERIFIER, [ask], reply)
-                deliver(reply)
+                deliver(self._workers[stage], reply)
 
     def leases(self) -> dict[str, int]:
         return {stage: worker.num_sessions for stage, worker in self._workers.items()}

@@ -14,7 +14,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,10 +27,15 @@ from cluster.rounds.stage_record import StageRecord
 
 log = logging.getLogger(__name__)
 
-PROBE_INTERVAL_S = 1.0  # a stage that is left out is asked again this often, without anyone waiting for it
 START_INTERVAL_S = 1.0  # a stage is sent a session's start this often at most
 MAX_DEPTH = 32
 REPLY_WEIGHT = 0.1  # of the newest reply in how long replies take
+
+Deliver = Callable[[Hashable, DraftReply], None]
+"""Takes a worker and what it answered."""
+
+Fail = Callable[[str, Hashable, Sequence[str]], None]
+"""Takes a stage, the worker that broke the call (None: nobody's fault) and the ids of the sessions concerned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +53,13 @@ class DraftTransport(Protocol):
         """Get the session a worker of each stage, in the background."""
         ...
 
-    def ready(self, session_id: str, stage: str) -> bool:
-        """Whether the session has a worker of that stage now."""
+    def worker(self, session_id: str, stage: str) -> Hashable:
+        """The worker of that stage that the session has now, by anything that tells it from others; None: no worker."""
         ...
 
-    def draft(
-        self,
-        chains: Sequence[ChainAsk],
-        deliver: Callable[[DraftReply], None],
-        fail: Callable[[str, Sequence[str]], None],
-    ) -> None:
-        """Send the asks, one call per worker; later call ``deliver(reply)`` for each stage of a chain as it answers,
-        or ``fail(stage, session_ids)`` for the one that broke it.
+    def draft(self, chains: Sequence[ChainAsk], deliver: Deliver, fail: Fail) -> None:
+        """Send the asks, one call per worker; later call ``deliver`` for each stage of a chain as it answers, or
+        ``fail`` for the one that broke it.
 
         Callbacks may come from any thread. Silence is allowed too: the deadline covers it.
         """
@@ -128,7 +128,7 @@ class Pipeline:
             known = self._sessions.pop(session_id, None)
             if known is None:
                 return
-            followers = [s for s in self.stages if s in known.held and self._usable(session_id, s, None)]
+            followers = [s for s in self.stages if s in known.held and self._in_use(session_id, s)]
             self._waste(known.unverified())
         if known.leased:
             rest = [ChainAsk(session_id, {stage: _ask(known, stage, 0)}) for stage in followers]
@@ -159,15 +159,18 @@ class Pipeline:
         return self._transport.leases()
 
     def reachable(self, session_ids: Iterable[str]) -> bool:
-        """Whether any of these sessions has a worker of a stage that is in use."""
-        used = [stage for stage, record in self._records.items() if not record.open]
-        return any(self._transport.ready(session_id, stage) for session_id in session_ids for stage in used)
+        """Whether any of these sessions has a worker that is in use."""
+        with self._arrived:
+            return any(self._in_use(session_id, stage) for session_id in session_ids for stage in self.stages)
 
     def follows(self, session_ids: Iterable[str]) -> bool:
-        """Whether each of these sessions is held by a worker of a stage that is in use."""
+        """Whether each of these sessions is held by a worker that is in use."""
         with self._arrived:
-            known = [self._sessions.get(session_id) for session_id in session_ids]
-            return all(one is not None and any(not self._records[s].open for s in one.held) for one in known)
+            return all(
+                (known := self._sessions.get(session_id)) is not None
+                and any(self._in_use(session_id, stage) for stage in known.held)
+                for session_id in session_ids
+            )
 
     def ask(self, wishes: Sequence[tuple[Drafted, Sequence[str], int]]) -> set[str]:
         """Ask for trees on the sessions' present state: (session, stages, max nodes). Returns at once.
@@ -178,28 +181,32 @@ class Pipeline:
         chains: list[ChainAsk] = []
         under_way: set[str] = set()
         with self._arrived:
-            probe = self._due_probe()
+            probe = self._due_probe([(session.id, stage) for session, stages, _ in wishes for stage in stages])
+            sent: set[tuple[str, Hashable]] = set()
             for session, stages, max_nodes in wishes:
                 known = self._sessions.get(session.id)
                 if known is None:
                     continue
                 known.clear()
                 known.present = session.key
-                usable = [s for s in self.stages if s in stages and self._usable(session.id, s, probe)]
-                starts = [stage for stage in usable if self._needs_start(known, stage)]
+                workers = {stage: self._transport.worker(session.id, stage) for stage in self.stages if stage in stages}
+                usable = {s: w for s, w in workers.items() if self._usable(s, w) or (s, w) == probe}
+                starts = {stage: worker for stage, worker in usable.items() if self._needs_start(known, stage)}
                 chains += [ChainAsk(session.id, {stage: self._start(known, stage)}) for stage in starts]
-                chain = [stage for stage in usable if stage in known.held]
+                sent.update(starts.items())
+                chain = {stage: worker for stage, worker in usable.items() if stage in known.held}
                 if chain and max_nodes > 0 and session.max_depth > 0:
                     nodes = min(max_nodes + self._run_ahead, self._most_nodes)
                     chains.append(ChainAsk(session.id, {stage: _ask(known, stage, nodes) for stage in chain}))
-                    if probe not in chain:
+                    sent.update(chain.items())
+                    if probe is None or probe not in chain.items():
                         if self._run_ahead:
                             known.look_up()
-                        known.chain, known.waiting_for, known.asked_s = tuple(chain), session.key, self._clock()
+                        known.chain, known.waiting_for, known.asked_s = chain, session.key, self._clock()
                         known.silent_since_s = min(known.silent_since_s, known.asked_s)
                         under_way.add(session.id)
-            if probe is not None and any(probe in chain.asks for chain in chains):
-                self._records[probe].last_probe = self._clock()
+            if probe is not None and probe in sent:
+                self._records[probe[0]].breakers.probed(probe[1], self._clock())
         if chains:
             self._transport.draft(chains, self._deliver, self._failed)
         return under_way
@@ -215,7 +222,7 @@ class Pipeline:
     ) -> dict[str, TokenTree]:
         """Trees that hang on the sessions' present state; those still under way may take ``timeout_s`` from the ask on.
 
-        Where a chain's last stage did not answer in time, an earlier one's tree is taken, and the first stage that did
+        Where a chain's last stage did not answer in time, an earlier one's tree is taken, and the first worker that did
         not answer has missed its deadline. ``late_after_s``: whoever rather goes on than wait may allow more, counted
         from the first ask since the session's last answer.
         """
@@ -229,15 +236,15 @@ class Pipeline:
                     break
             now = self._clock()
             late = {
-                next(stage for stage in k.chain if stage not in k.heard)
+                next((stage, worker) for stage, worker in k.chain.items() if stage not in k.heard)
                 for k in mine
                 if k.waiting and (late_after_s is None or now - k.silent_since_s >= late_after_s)
             }
-            in_time = {stage for known in mine for stage in known.heard.intersection(known.chain)}
-            for stage in late:
-                self._records[stage].missed(now)
-            for stage in in_time - late:
-                self._records[stage].in_time()
+            in_time = {(stage, known.chain[stage]) for known in mine for stage in known.heard.intersection(known.chain)}
+            for stage, worker in late:
+                self._records[stage].missed(worker, now)
+            for stage, worker in in_time - late:
+                self._records[stage].breakers.in_time(worker)
             drafts = {known.session.id: draft for known in mine if (draft := known.best()) is not None}
             for draft in drafts.values():
                 self._records[draft.stage].used(now - draft.arrived_s)
@@ -256,15 +263,27 @@ class Pipeline:
 
     # --- what to send
 
-    def _usable(self, session_id: str, stage: str, probe: str | None) -> bool:
-        return (not self._records[stage].open or stage == probe) and self._transport.ready(session_id, stage)
+    def _usable(self, stage: str, worker: Hashable) -> bool:
+        return worker is not None and not self._records[stage].breakers.open(worker)
 
-    def _due_probe(self) -> str | None:
-        """At most one stage at a time, so that a broken stage is never probed through another broken one."""
-        broken = [stage for stage, record in self._records.items() if record.open]
-        if not broken or self._clock() - max(self._records[stage].last_probe for stage in broken) < PROBE_INTERVAL_S:
-            return None
-        return min(broken, key=lambda stage: self._records[stage].last_probe)
+    def _in_use(self, session_id: str, stage: str) -> bool:
+        """Whether the session has a worker of the stage, and one that is not left out."""
+        return self._usable(stage, self._transport.worker(session_id, stage))
+
+    def _due_probe(self, places: Iterable[tuple[str, str]]) -> tuple[str, Hashable] | None:
+        """Of the workers (session, stage) that are left out, the one whose turn it is, and of which stage.
+
+        At most one at a time, so that no broken worker is probed through another.
+        """
+        now, broken = self._clock(), list[tuple[float, str, Hashable]]()
+        for session_id, stage in places:
+            breakers = self._records[stage].breakers if stage in self._records else None
+            if breakers is not None and breakers.num_open:
+                worker = self._transport.worker(session_id, stage)
+                if breakers.open(worker):
+                    broken.append((breakers.due_s(worker), stage, worker))
+        due_s, stage, worker = min(broken, key=lambda each: each[0], default=(math.inf, "", None))
+        return (stage, worker) if due_s <= now else None
 
     def _needs_start(self, known: SessionDrafts, stage: str) -> bool:
         return stage not in known.held and self._clock() - known.started.get(stage, -math.inf) >= START_INTERVAL_S
@@ -277,16 +296,16 @@ class Pipeline:
 
     # --- what comes back: any thread, any order, any number of times
 
-    def _failed(self, stage: str, session_ids: Sequence[str]) -> None:
+    def _failed(self, stage: str, worker: Hashable, session_ids: Sequence[str]) -> None:
         """A call failed outright (its worker died, say): nobody needs to wait for the deadline."""
         with self._arrived:
-            self._records[stage].missed(self._clock())
+            self._records[stage].missed(worker, self._clock())
             for session_id in session_ids:
                 if known := self._sessions.get(session_id):
                     known.failed = stage in known.chain
             self._arrived.notify_all()
 
-    def _deliver(self, reply: DraftReply) -> None:
+    def _deliver(self, worker: Hashable, reply: DraftReply) -> None:
         """One stage's answer: the last of ``reply.reports`` is its own."""
         if not reply.reports or reply.reports[-1].stage not in self._records:
             return
@@ -295,7 +314,7 @@ class Pipeline:
             self.worker_pids[report.stage] = report.pid
             self._records[report.stage].answered(report.seconds)
             if not report.resync:
-                self._records[report.stage].answered_probe(self._clock(), self._patience)
+                self._records[report.stage].answered_probe(worker, self._clock(), self._patience)
             for session_id, length in report.held.items():
                 known = self._sessions.get(session_id)
                 if known and length <= known.session.base:  # more than was ever sent is rubbish
@@ -308,10 +327,10 @@ class Pipeline:
                     known.held.pop(report.stage, None)
                     known.heard.add(report.stage)
             for session_id, tree in reply.trees.items():
-                self._receive(session_id, report.stage, tree)
+                self._receive(session_id, report.stage, worker, tree)
             self._arrived.notify_all()
 
-    def _receive(self, session_id: str, stage: str, tree: TokenTree) -> None:
+    def _receive(self, session_id: str, stage: str, worker: Hashable, tree: TokenTree) -> None:
         known, record, now = self._sessions.get(session_id), self._records[stage], self._clock()
         in_time = known is not None and tree.key is not None and known.waiting_for == tree.key
         if known is not None and in_time:
@@ -335,7 +354,7 @@ class Pipeline:
         if in_time:
             known.trees[stage] = draft
         elif tree.key == known.session.key and now - known.asked_s <= self._patience:
-            record.in_time()  # only that nobody had to wait for it
+            record.breakers.in_time(worker)  # only that nobody had to wait for it
         else:
             record.late += 1
 

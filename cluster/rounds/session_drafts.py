@@ -6,6 +6,7 @@ Only the pipeline uses it, and under its lock.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -74,8 +75,9 @@ class SessionDrafts:
     """``held``: length each stage's worker acknowledged. ``started``: when a stage was last sent the session's start.
 
     ``present``: the state last asked about; the session itself may be moving on while a reply is looked at. ``chain``,
-    ``heard``, ``trees``: stages of the ask under way, those that answered it, and with what; ``asked_s``: when it was
-    sent; ``silent_since_s``: the first ask since the last answer. ``leased``: whether workers were asked for.
+    ``heard``, ``trees``: stages of the ask under way and their workers, those that answered it, and with what;
+    ``asked_s``: when it was sent; ``silent_since_s``: the first ask since the last answer. ``leased``: whether workers
+    were asked for.
     ``newest``: the last draft that came, in time or not; ``verified``: how many of its nodes were; ``cached``: what the
     latest tokens have left of it.
     """
@@ -88,7 +90,7 @@ class SessionDrafts:
     asked_s: float = -math.inf
     silent_since_s: float = math.inf
     waiting_for: TreeKey | None = None
-    chain: tuple[str, ...] = ()
+    chain: dict[str, Hashable] = field(default_factory=dict)
     heard: set[str] = field(default_factory=set)
     trees: dict[str, Draft] = field(default_factory=dict)
     failed: bool = False
@@ -99,10 +101,10 @@ class SessionDrafts:
     @property
     def waiting(self) -> bool:
         there = self.cached is not None or self.failed
-        return self.waiting_for is not None and not there and self.chain[-1] not in self.heard
+        return self.waiting_for is not None and not there and next(reversed(self.chain)) not in self.heard
 
     def clear(self) -> None:
-        self.waiting_for, self.chain, self.failed, self.cached = None, (), False, None
+        self.waiting_for, self.chain, self.failed, self.cached = None, {}, False, None
         self.heard, self.trees = set(), {}
 
     def best(self) -> Draft | None:

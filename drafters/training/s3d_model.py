@@ -119,11 +119,15 @@ def loss_of(
     hidden, kept = model.clean(tokens)
     steps = torch.arange(model.shape.gamma, device=tokens.device)
     with torch.no_grad():
-        wanted = torch.log_softmax(model.logits(hidden[starts[:, None] + steps]), -1)
+        # Groups overlap: each position's distribution is computed once.
+        log_probs = torch.log_softmax(model.logits(hidden), -1)
+        probs = log_probs.exp()
+        places = starts[:, None] + steps
+        wanted, entropy = probs[places], -torch.linalg.vecdot(probs, log_probs)[places]
     logits = model.logits(model.draft(tokens, starts, kept))
-    divergence = F.kl_div(torch.log_softmax(logits, -1), wanted, reduction="none", log_target=True).sum(-1)
+    crossed = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(0, 1), reduction="none").view_as(entropy)
     weights = decay**steps
-    return (divergence * weights).sum(-1).mean() / weights.sum(), logits.detach()
+    return ((crossed - entropy) * weights).sum(-1).mean() / weights.sum(), logits.detach()
 
 
 def _attend_groups(

@@ -109,7 +109,7 @@ QUIET = {
     f"vllm:spec_decode_num_drafts_total{{{ENGINE}}}": "0+600x60",
     f"vllm:spec_decode_num_accepted_tokens_total{{{ENGINE}}}": "0+700x60",
     f'paceline:deadline_misses_total{{{ENGINE}, stage="medium"}}': "0+10x60",
-    f'paceline:breaker_open{{{ENGINE}, stage="medium"}}': "0x8 1x3 0x49",  # a probe closes it after three minutes
+    f'paceline:breakers_open{{{ENGINE}, stage="medium"}}': "0x8 1x3 0x49",  # a probe closes it after three minutes
     f'paceline:refused_trees_total{{{ENGINE}, stage="medium"}}': "2x60",
     f'paceline:steps_total{{{ENGINE}, rows="1"}}': "0+300x60",
     f'paceline:steps_total{{{ENGINE}, rows="4"}}': "0+300x60",
@@ -119,7 +119,7 @@ TROUBLE = {
     "PacelineQueueGrows": {f"vllm:num_requests_waiting{{{ENGINE}}}": "0+2x60"},
     "PacelineGuessesAreWrong": {f"vllm:spec_decode_num_accepted_tokens_total{{{ENGINE}}}": "0+30x60"},
     "PacelineDraftersAreLate": {f'paceline:deadline_misses_total{{{ENGINE}, stage="medium"}}': "0+60x60"},
-    "PacelineStageIsLeftOut": {f'paceline:breaker_open{{{ENGINE}, stage="medium"}}': "0x30 1x30"},
+    "PacelineWorkerIsLeftOut": {f'paceline:breakers_open{{{ENGINE}, stage="medium"}}': "0x30 1x30"},
     "PacelineTreesAreRefused": {f'paceline:refused_trees_total{{{ENGINE}, stage="medium"}}': "2x40 3x20"},
 }
 

@@ -37,7 +37,7 @@ LOAD = pb.ReplicaLoad(
     stages={
         "small": pb.StageStats(),
         "medium": pb.StageStats(
-            breaker_open=True, breaker_openings=2, answers=100, busy_s=1.25, late_trees=9, wasted_nodes=1200
+            breakers_open=1, breaker_openings=2, answers=100, busy_s=1.25, late_trees=9, wasted_nodes=1200
         ),
     },
 )
@@ -95,9 +95,9 @@ def test_replicas_sessions_acceptance_and_the_governors_choice_are_shown(
         "  sessions    leased from medium 2, small 3",
         "  acceptance  2.20 tokens a round with a tree; accepted: small 30% of 400 nodes",
         "  remote      200 rounds wanted a tree: 25% found it ready, 5% got none",
-        "  medium      LEFT OUT until a probe succeeds (breaker open); 100 answers of 12.5 ms, 7 deadlines missed, "
-        "breaker opened 2 times; trees: 9 late, 0 refused; 1,200 nodes wasted",
-        "  small       in use; 0 answers, 0 deadlines missed, breaker opened 0 times; "
+        "  medium      1 worker(s) LEFT OUT until a probe succeeds; 100 answers of 12.5 ms, 7 deadlines missed, "
+        "breakers opened 2 times; trees: 9 late, 0 refused; 1,200 nodes wasted",
+        "  small       in use; 0 answers, 0 deadlines missed, breakers opened 0 times; "
         "trees: 0 late, 0 refused; 0 nodes wasted",
         "  governor    local: 4 rows",
         "  nodes       2.2 verified a step (best pay 75%, nothing pays 25%)",

@@ -173,7 +173,7 @@ class FakeEngine:
                 Histogram((0.0, 4.0), (7, 2, 0), 6.0),
                 {"all_pay": 2, "nothing_offered": 7},
             ),
-            stages={"medium": StageStats(True, 1, 20, 0.5, 3, 2, 40, Histogram((0.01,), (17, 3), 0.2))},
+            stages={"medium": StageStats(1, 1, 20, 0.5, 3, 2, 40, Histogram((0.01,), (17, 3), 0.2))},
         )
 
     def health(self) -> Health:

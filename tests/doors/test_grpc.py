@@ -111,7 +111,7 @@ def test_load_names_each_replica_and_its_process(doors: Doors) -> None:
     assert (list(replica.governor.nodes.counts), replica.governor.nodes.total) == ([7, 2, 0], 6.0)
     assert list(replica.stats.accepted_per_pos) == [4, 1]
     medium = replica.stages["medium"]
-    assert (medium.breaker_open, medium.late_trees, medium.refused_trees, medium.wasted_nodes) == (True, 3, 2, 40)
+    assert (medium.breakers_open, medium.late_trees, medium.refused_trees, medium.wasted_nodes) == (1, 3, 2, 40)
     assert list(medium.draft_age.counts) == [17, 3]
 
 

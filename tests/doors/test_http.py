@@ -108,7 +108,7 @@ def test_metrics_are_vllms_by_name_where_it_has_them(doors: Doors) -> None:
     assert values["paceline:mode", "local"] == 1
     per_position = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
     assert [values[per_position, position] for position in ("0", "1")] == [4, 1]
-    assert values["paceline:breaker_open", "medium"] == 1
+    assert values["paceline:breakers_open", "medium"] == 1
     assert values["paceline:wasted_tokens_total", "medium"] == 40
     assert values["paceline:drafter_busy_seconds_total", "medium"] == 0.5
     assert [values["paceline:draft_age_seconds_bucket", bound, "medium"] for bound in ("0.01", "+Inf")] == [17, 20]

@@ -31,7 +31,10 @@ def dtype(request):
     return request.param
 
 
-@pytest.fixture(params=[("llama with biases", "float32"), ("qwen3", "bfloat16")], ids="-".join)
+INTERPRETED_FOR_LONG = pytest.param(("qwen3", "bfloat16"), marks=pytest.mark.slow)
+
+
+@pytest.fixture(params=[("llama with biases", "float32"), INTERPRETED_FOR_LONG], ids="-".join)
 def ranks(request, make_model, make_rank):
     """Triton's, torch's, and torch's in fp32, over one model."""
     name, dtype = request.param

@@ -114,7 +114,7 @@ def test_a_silent_stage_is_left_out_after_some_steps() -> None:
     for _ in range(40):
         tokens.append(1)
         rig.step(row(list(tokens), 1))
-    assert rig.pipeline.stats()["small"].breaker_open
+    assert rig.pipeline.stats()["small"].breakers_open
 
 
 def test_best_chain() -> None:

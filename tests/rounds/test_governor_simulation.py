@@ -25,7 +25,7 @@ TEXTS: dict[str, Callable[[int], list[Text]]] = {
 }
 
 
-@pytest.mark.parametrize("sessions", [1, 4, 16])
+@pytest.mark.parametrize("sessions", [1, 4, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", TEXTS)
 def test_no_fixed_width_is_clearly_better_and_plain_decoding_never(kind: str, sessions: int) -> None:
     widths = [width for width in (0, 1, 2, 4, 8) if sessions * (width + 1) <= 64]

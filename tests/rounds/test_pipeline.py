@@ -10,9 +10,11 @@ from pipeline_rig import PATIENCE_S, VOCAB, LyingWorker, Rig, next_token, sessio
 from cluster.core.errors import Overloaded
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import Origin
+from cluster.rounds.breaker import MISSES_TO_OPEN
 from cluster.rounds.messages import DraftReply, StageReport
 from cluster.rounds.pipeline import ChainAsk
-from cluster.rounds.stage_record import MISSES_TO_OPEN
+
+WORKER = "one that answers"
 
 
 def test_a_tree_comes_back_for_the_state_it_was_asked_for() -> None:
@@ -183,7 +185,7 @@ def test_what_a_worker_still_holds_of_an_earlier_session_of_the_same_name_does_n
     rig.session = session()
     rig.pipeline.open(rig.session, rig.pipeline.stages)
     for reply in late:
-        rig.pipeline._deliver(reply)
+        rig.pipeline._deliver(WORKER, reply)
     rig.ask()
     rig.transport.join()
     assert stages_of(rig.round()) == [Origin.MEDIUM]
@@ -191,7 +193,7 @@ def test_what_a_worker_still_holds_of_an_earlier_session_of_the_same_name_does_n
 
 def test_a_worker_that_claims_to_hold_more_than_there_is_is_not_believed() -> None:
     rig = Rig(("small",))
-    rig.pipeline._deliver(DraftReply({}, (StageReport("small", 1, {rig.session.id: 10**9}),)))
+    rig.pipeline._deliver(WORKER, DraftReply({}, (StageReport("small", 1, {rig.session.id: 10**9}),)))
     assert stages_of(rig.round()) == [Origin.SMALL]
 
 
@@ -222,7 +224,9 @@ def test_a_tree_that_breaks_the_rules_is_refused(tokens: list[int]) -> None:
 def test_replies_for_unknown_sessions_and_stages_are_ignored() -> None:
     rig = Rig()
     key = session("gone").key
-    rig.pipeline._deliver(DraftReply({"gone": TokenTree.chain([1], key=key)}, (StageReport("large", 1, {"gone": 3}),)))
+    rig.pipeline._deliver(
+        WORKER, DraftReply({"gone": TokenTree.chain([1], key=key)}, (StageReport("large", 1, {"gone": 3}),))
+    )
     assert rig.round() is not None
 
 

@@ -242,10 +242,10 @@ def test_leases_are_opened_only_where_remote_stages_may_pay(rank: Rank) -> None:
     late = rig.submit([5], tokens=50)
     rig.scheduler.step()
     rig.scheduler.step()
-    assert not transport.ready(late.id, "small")
+    assert transport.worker(late.id, "small") is None
     rig.scheduler._drafting._expedition_s -= EXPEDITION_GAP_S
     rig.scheduler.step()
-    assert transport.ready(late.id, "small")
+    assert transport.worker(late.id, "small") is not None
     rig.run()
     transport.join()
     assert calls > 0

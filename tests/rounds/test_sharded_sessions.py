@@ -39,7 +39,7 @@ class ShardedRig(Rig):
         self.slots: dict[str, int] = {}
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 3])
 def rigs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Rig, ShardedRig]]:
     """One rank and several, over the same weights."""
     threads = torch.get_num_threads()

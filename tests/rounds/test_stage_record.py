@@ -9,8 +9,10 @@ from pipeline_rig import PATIENCE_S, Rig, ahead_rig, long_chain, medium_of, sess
 
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import Origin
+from cluster.rounds.breaker import MISSES_TO_OPEN
 from cluster.rounds.messages import DraftReply, StageReport
-from cluster.rounds.stage_record import MISSES_TO_OPEN
+
+WORKER = "one that answers"
 
 
 def waste(rig: Rig) -> dict[str, int]:
@@ -22,16 +24,16 @@ def test_the_breakers_state_is_told_and_how_often_it_opened() -> None:
     rig.transport.hung = {"small"}
     states = []
     for _ in range(MISSES_TO_OPEN):
-        states.append(rig.pipeline.stats()["small"].breaker_open)
+        states.append(rig.pipeline.stats()["small"].breakers_open)
         rig.round(timeout_s=0.02)
     stats = rig.pipeline.stats()["small"]
-    assert (states, stats.breaker_open, stats.breaker_openings) == ([False] * MISSES_TO_OPEN, True, 1)
+    assert (states, stats.breakers_open, stats.breaker_openings) == ([0] * MISSES_TO_OPEN, 1, 1)
     rig.transport.hung = set()
     rig.now += 1.5
     rig.round()
     rig.transport.join()
     stats = rig.pipeline.stats()["small"]
-    assert (stats.breaker_open, stats.breaker_openings) == (False, 1)
+    assert (stats.breakers_open, stats.breaker_openings) == (0, 1)
 
 
 def test_a_tree_is_late_once_its_round_began_without_it_and_counts_for_its_own_stage() -> None:
@@ -66,7 +68,7 @@ def test_a_tree_on_a_state_that_its_session_never_was_in_is_refused_and_never_lo
     }[forge]
     newest = rig.pipeline._sessions[rig.session.id].newest
     lie = TokenTree.chain([7] * 8, Origin.SMALL, forged)
-    rig.pipeline._deliver(DraftReply({rig.session.id: lie}, (StageReport("small", 1, {}),)))
+    rig.pipeline._deliver(WORKER, DraftReply({rig.session.id: lie}, (StageReport("small", 1, {}),)))
     assert rig.pipeline.stats()["small"].refused_trees == 1
     assert rig.pipeline._sessions[rig.session.id].newest is newest
 
@@ -103,7 +105,7 @@ def test_trees_for_a_session_that_has_ended_are_late_and_wasted() -> None:
     key = rig.session.key
     rig.pipeline.close(rig.session.id)
     tree = TokenTree.chain([7, 8], Origin.SMALL, key)
-    rig.pipeline._deliver(DraftReply({rig.session.id: tree}, (StageReport("small", 1, {}),)))
+    rig.pipeline._deliver(WORKER, DraftReply({rig.session.id: tree}, (StageReport("small", 1, {}),)))
     assert rig.pipeline.late == 1
     assert waste(rig) == {"small": 2}
 
@@ -126,7 +128,7 @@ def test_a_trees_age_is_the_time_from_its_arrival_to_the_round_that_takes_it() -
 def test_computing_time_is_what_workers_say_within_reason(seconds: float, busy: float) -> None:
     rig = Rig(("small",))
     before = rig.pipeline.stats()["small"]
-    rig.pipeline._deliver(DraftReply({}, (StageReport("small", 1, {}, (), seconds),)))
+    rig.pipeline._deliver(WORKER, DraftReply({}, (StageReport("small", 1, {}, (), seconds),)))
     after = rig.pipeline.stats()["small"]
     assert after.answers == before.answers + 1
     assert after.busy_s - before.busy_s == pytest.approx(busy)

@@ -75,7 +75,7 @@ def test_leases_bring_replicas_up_and_their_end_takes_all_of_them_away(ray_clust
         return replicas() == count
 
     def all_ready(sessions: list[str]) -> bool:
-        return all(transport.ready(session, "small") for session in sessions)
+        return all(transport.worker(session, "small") is not None for session in sessions)
 
     names = tokenizer_hash(load_tokenizer(resolve_model(MODEL["source"])).get_vocab())
     transport = RayDraftTransport("scaling", APP, ("small",), names)

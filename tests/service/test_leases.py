@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -59,12 +59,12 @@ class Answers:
         self.failures: list[tuple[str, tuple[str, ...]]] = []
         self._arrived = threading.Condition()
 
-    def deliver(self, reply: DraftReply) -> None:
+    def deliver(self, worker: Hashable, reply: DraftReply) -> None:
         with self._arrived:
             self.replies.append(reply)
             self._arrived.notify_all()
 
-    def fail(self, stage: str, session_ids: Any) -> None:
+    def fail(self, stage: str, worker: Hashable, session_ids: Any) -> None:
         with self._arrived:
             self.failures.append((stage, tuple(session_ids)))
             self._arrived.notify_all()
@@ -175,6 +175,7 @@ def test_a_session_whose_end_was_lost_is_freed_although_nobody_asks_any_more() -
     asyncio.run(work())
 
 
+@pytest.mark.slow
 def test_leases_come_and_go_with_applications_workers_and_sessions(transport: RayDraftTransport) -> None:
     import ray
     from ray import serve

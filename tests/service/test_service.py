@@ -65,8 +65,6 @@ def test_a_resumed_stream_goes_on_identically(service: RealService) -> None:
 def test_killing_the_medium_worker_in_mid_stream_changes_nothing_but_speed(service: RealService) -> None:
     expected = service.stream(PROMPT, LONG, enabled=False)
     assert eventually(lambda: pb.ORIGIN_MEDIUM in service.stream(PROMPT, LONG, STAGES).origins, 60)
-    quiet = service.stream(PROMPT, LONG, STAGES)
-    assert quiet.token_ids == expected.token_ids
     victim = service.load().worker_pids["medium"]
     killed_at: list[float] = []
 

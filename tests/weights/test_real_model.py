@@ -84,7 +84,7 @@ def test_greedy_fp32_output_is_transformers_with_every_drafter(runs: Runs, draft
     check_against_transformers(runs, drafters, limit=8, max_tokens=64)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_sampled_tokens_are_plain_decodings_at_any_concurrency(runs: Runs, dtype: str) -> None:
     plain = ids(runs.run(dtype, "none", *SAMPLED, limit=4, max_tokens=32))
     for flags in (("--concurrency", "1"), ("--concurrency", "4", "--prefill-chunk", "7")):
