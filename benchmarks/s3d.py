@@ -6,8 +6,10 @@
 The target follows each record round by round; behind its text so far the drafter proposes a tree, of which as many
 tokens are accepted as the record follows it, plus the bonus token. Greedy verification does exactly this. Compared:
 the trained adapter for every gamma and number of nodes; masks and adapters as training begins (``untrained``); and
-untrained layer counts and places (``--keep``, e.g. ``8+8,12+4``), whose first guess shows what skipping alone costs.
-A draft pass and a plain step are timed in turn. The last line is JSON.
+untrained layer counts and places (``--keep``, e.g. ``8+8,12+4``), whose first guess shows what skipping alone costs;
+and n-grams alone, the adapter alone, and the two as stages.
+A draft pass, a plain step and the step that verifies are timed in turn; from these and the tokens a round follows the
+speed that can be had (``forecast``, by plain decoding's). The last line is JSON.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +34,19 @@ from cluster.core.types import SamplingParams
 from cluster.engine.kv_cache import SlotRows
 from cluster.engine.rank import Rank, build_rank
 from cluster.engine.weights import resolve_model
-from drafters.base import Ask
-from drafters.options import S3DOptions
+from drafters.base import Ask, Drafter
+from drafters.datastore import open_store
+from drafters.options import S3DOptions, SssdOptions
 from drafters.s3d import S3DDrafter
 from drafters.s3d_adapter import S3DAdapter, S3DHeader, S3DShape, find_adapter
-from drafters.shipped_store import tokenizer_of
+from drafters.shipped_store import find_store, tokenizer_of
+from drafters.sssd import SssdDrafter
+from drafters.staged import StagedDrafter
 
 Rows = Iterator[dict[str, Any]]
 GREEDY = SamplingParams(temperature=0.0)
 CHUNK = 64
+CONTEXT = 256  # tokens behind which passes are timed
 
 
 @dataclass(slots=True)
@@ -63,7 +70,7 @@ def chain(slot: int, tokens: Sequence[int], *, logits: bool = False) -> SlotRows
     return SlotRows(slot, np.array(tokens, np.int32), np.arange(-1, len(tokens) - 1, dtype=np.int32), logits=logits)
 
 
-def replay(rank: Rank, drafter: S3DDrafter, records: Sequence[Record], nodes: int, slots: dict[str, int]) -> Tally:
+def replay(rank: Rank, drafter: Drafter, records: Sequence[Record], nodes: int, slots: dict[str, int]) -> Tally:
     """Follow every record with trees of at most ``nodes``; the drafter finds its slot in ``slots``."""
     tally = Tally()
     for record in records:
@@ -104,24 +111,46 @@ def _likeliest(tree: TokenTree) -> list[int]:
     return path
 
 
-def times(rank: Rank, drafter: S3DDrafter, slots: dict[str, int], context: int, repeats: int) -> tuple[float, float]:
-    """Median ms of a whole propose and of a plain step behind ``context`` tokens, measured in turn."""
+def times(
+    rank: Rank, drafter: S3DDrafter, slots: dict[str, int], sizes: Sequence[int], repeats: int
+) -> dict[str | int, float]:
+    """Median ms of a whole propose (``draft``), of a plain step (1) and of steps of so many rows, measured in turn."""
     slot = slots["time"] = rank.kv.allocate()
-    rank.kv.fill(slot, context)
-    drafter.begin("time", [5] * (context + 1), GREEDY, context)
-    calls = (
-        lambda: drafter.propose([Ask("time", 8, MAX_DEPTH)], {}),
-        lambda: rank.forward([chain(slot, [5], logits=True)]),
-    )
-    spent: tuple[list[float], list[float]] = ([], [])
+    rank.kv.fill(slot, CONTEXT)
+    drafter.begin("time", [5] * (CONTEXT + 1), GREEDY, CONTEXT)
+    calls: dict[str | int, Callable[[], object]] = {
+        "draft": lambda: drafter.propose([Ask("time", max(sizes), MAX_DEPTH)], {}),
+        **{size: partial(rank.forward, [chain(slot, [5] * size, logits=True)]) for size in (1, *sizes)},
+    }
+    spent: dict[str | int, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
-        for call, list_of in zip(calls, spent):
+        for name, call in calls.items():
             start = time.perf_counter()
             call()
-            list_of.append(1e3 * (time.perf_counter() - start))
+            spent[name].append(1e3 * (time.perf_counter() - start))
     drafter.end("time")
     rank.kv.free(slots.pop("time"))
-    return statistics.median(spent[0]), statistics.median(spent[1])
+    return {name: statistics.median(found) for name, found in spent.items()}
+
+
+def measure_beside(rank: Rank, adapter: S3DAdapter, records: Sequence[Record], args: argparse.Namespace) -> Rows:
+    """Tokens a round of n-grams alone, of the trained adapter alone, and of both as stages, by number of nodes."""
+    slots: dict[str, int] = {}
+    store = find_store("default", rank.config.vocab_size, resolve_model(args.model))
+    small = SssdDrafter(SssdOptions(), store=open_store(store) if store is not None else None)
+    options = S3DOptions(children=args.children)
+    medium = S3DDrafter(rank, adapter, options, max_len=rank.kv.capacity, slot_of=slots.__getitem__)
+    drafters: dict[str, Drafter] = {"small": small, "medium": medium, "staged": StagedDrafter(small, medium)}
+    for nodes in args.beside_nodes:
+        row: dict[str, Any] = {"nodes": nodes}
+        for name, drafter in drafters.items():
+            row[name] = round(replay(rank, drafter, records, nodes, slots).length, 4)
+        print(
+            f"{nodes} nodes: n-grams {row['small']:.3f} tokens a round, masks {row['medium']:.3f}, both"
+            f" {row['staged']:.3f} in one draft pass",
+            flush=True,
+        )
+        yield row
 
 
 def untrained(rank: Rank, shape: S3DShape) -> S3DAdapter:
@@ -142,8 +171,10 @@ def measure(rank: Rank, name: str, adapter: S3DAdapter, records: Sequence[Record
         slots: dict[str, int] = {}
         options = S3DOptions(gamma=gamma, children=args.children)
         drafter = S3DDrafter(rank, adapter, options, max_len=rank.kv.capacity, slot_of=slots.__getitem__)
-        draft_ms, plain_ms = times(rank, drafter, slots, 256, args.repeats)
-        for nodes in [nodes for nodes in args.nodes if nodes >= gamma or nodes == max(args.nodes)]:
+        sizes = [nodes for nodes in args.nodes if nodes >= gamma or nodes == max(args.nodes)]
+        took = times(rank, drafter, slots, [nodes + 1 for nodes in sizes], args.repeats)
+        draft_ms, plain_ms = took["draft"], took[1]
+        for nodes in sizes:
             tally = replay(rank, drafter, records, nodes, slots)
             row = {
                 "adapter": name,
@@ -154,12 +185,15 @@ def measure(rank: Rank, name: str, adapter: S3DAdapter, records: Sequence[Record
                 "agreement": tally.agreement(gamma),
                 "draft_ms": round(draft_ms, 2),
                 "plain_ms": round(plain_ms, 2),
+                "verify_ms": round(took[nodes + 1], 2),
+                "forecast": round(tally.length * plain_ms / (draft_ms + took[nodes + 1]), 3),
                 "extra_memory": round(drafter.view.num_bytes / target_bytes, 4),
             }
             print(
                 f"{name:10}{shape.bottom:>3} + {shape.top} layers, gamma {gamma}, {nodes:>2} nodes:"
                 f" {tally.length:.3f} tokens a round, agreement {row['agreement']}, draft {draft_ms:.1f} ms"
-                f" ({draft_ms / plain_ms:.0%} of a plain step), memory +{row['extra_memory']:.1%}",
+                f" ({draft_ms / plain_ms:.0%} of a plain step), forecast {row['forecast']:.2f} x plain,"
+                f" memory +{row['extra_memory']:.1%}",
                 flush=True,
             )
             yield row
@@ -188,6 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--nodes", type=numbers, default=[4, 8])
     parser.add_argument("--children", type=int, default=S3DOptions().children)
     parser.add_argument("--keep", default="", help="untrained layer counts, e.g. 8+8,10+10,12+4")
+    parser.add_argument("--beside-nodes", type=numbers, default=[8, 16, 36], help="beside n-grams, alone and as stages")
     parser.add_argument("--limit", type=int, default=None, help="records")
     parser.add_argument("--repeats", type=int, default=50, help="of each timed pass")
     args = parser.parse_args(argv)
@@ -202,9 +237,11 @@ def main(argv: list[str] | None = None) -> int:
     for pair in [pair for pair in args.keep.split(",") if pair]:
         bottom, top = (int(number) for number in pair.split("+"))
         rows += measure(rank, "untrained", untrained(rank, replace(shape, bottom=bottom, top=top)), records, args)
+    beside = [*measure_beside(rank, trained, records, args)]
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     made_of = trained.header.provenance
-    print(json.dumps({"records": len(records), "rows": rows, "adapter": made_of, "settings": settings, **provenance()}))
+    result = {"records": len(records), "rows": rows, "beside": beside, "adapter": made_of, "settings": settings}
+    print(json.dumps(result | provenance()))
     return 0
 
 

@@ -23,6 +23,7 @@ import random
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ from drafters.swift import SwiftDrafter, uniform_skip
 GREEDY = SamplingParams(temperature=0.0)
 ROWS, PIECE, BLOCK = 128, 32, 32
 NODES = 16
+KEPT = 7  # texts that ended whose K/V is still there, as with one stream on the default of eight slots
 
 
 class CountingRank(Rank):
@@ -228,7 +230,7 @@ def measure_stream(rank: Rank, records: Sequence[Record], args: argparse.Namespa
     hours = StudyTime(drafter, clock=clock)
     uniform, plain_s = drafter.skip, plain_step_s(rank, clock)
     curve: list[dict[str, Any]] = []
-    tokens, pending = 0, list[tuple[float, float]]()
+    tokens, pending, ended = 0, list[tuple[float, float]](), deque[int]()
     for number, record in enumerate(cycle_by_category(records)):
         if tokens >= args.stream_tokens:
             break
@@ -248,13 +250,17 @@ def measure_stream(rank: Rank, records: Sequence[Record], args: argparse.Namespa
         pending.append((pair[0], pair[1]))
         tokens += len(record.output)
         drafter.end(name)
-        rank.kv.free(slots.pop(name))
+        ended.append(slots.pop(name))
+        if len(ended) > KEPT:
+            rank.kv.free(ended.popleft())
         if len(pending) == args.texts_per_point or tokens >= args.stream_tokens:
             now, even = np.mean(pending, axis=0)
             point = {"tokens": tokens, "category": record.category, "found": round(now, 3), "uniform": round(even, 3)}
             curve.append(point | {"trials": search.trials, "adopted": search.adopted})
             say(f"{tokens:,} tokens, {record.category}: found {now:.3f}, uniform {even:.3f}, {search.trials} trials")
             pending = []
+    for slot in ended:
+        rank.kv.free(slot)
     return {
         "tokens": tokens,
         "skipped": count,

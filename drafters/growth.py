@@ -39,7 +39,7 @@ class Growth:
     def __init__(
         self, max_nodes: int, max_depth: int, upstream: TokenTree, options: GrowthOptions, stage: Origin
     ) -> None:
-        self._max_nodes = max_nodes
+        self.max_nodes = max_nodes
         self._max_depth = max_depth
         self._options = options
         self._stage = stage
@@ -56,6 +56,9 @@ class Growth:
 
     def parent(self, node: int) -> int:
         return self._parents[node]
+
+    def score(self, node: int) -> float:
+        return self._scores[node]
 
     def path(self, node: int) -> tuple[int, ...]:
         """Tokens from the root's child down to ``node``; empty for the root."""
@@ -102,7 +105,7 @@ class Growth:
         """The best-scored nodes within the budget, closed under parents."""
         chosen = np.flatnonzero(np.asarray(self._scores, np.float32) > 0.0)
         whole = TokenTree.build(self.tokens, self._parents, self._scores, self._stages)
-        return whole.take(chosen).prune(self._max_nodes, self._max_depth)
+        return whole.take(chosen).prune(self.max_nodes, self._max_depth)
 
     def _adopt(self, upstream: TokenTree) -> list[int]:
         """Take over upstream's nodes, siblings of the same token once; returns those worth evaluating."""
@@ -152,9 +155,9 @@ class Growth:
 
     def _last_place(self) -> float:
         """The score a node must exceed for its children to have a chance in the result."""
-        if len(self._scores) < self._max_nodes:
+        if len(self._scores) < self.max_nodes:
             return 0.0
-        return sorted(self._scores, reverse=True)[self._max_nodes - 1]
+        return sorted(self._scores, reverse=True)[self.max_nodes - 1]
 
 
 @dataclass(slots=True)

@@ -77,6 +77,8 @@ class S3DOptions(_Options):
     )
     gamma: int | None = Field(default=None, ge=1, le=32, description="tokens guessed in a pass; None: all trained for")
     children: int = Field(default=6, ge=1, le=64, description="likeliest tokens of each position that are tried")
+    max_upstream: int = Field(default=24, ge=0, le=256, description="nodes taken over from the stage before")
+    upstream_rows: int = Field(default=8, ge=0, le=256, description="of these, how many get rows in the pass")
     error_scale: float = Field(default=1.0, gt=0.0, description="see drafters/expand.py")
 
 

@@ -3,9 +3,10 @@
 A draft pass runs the rows [root, M_1 ... M_{gamma-1}] through the first and the last layers, on the target's own keys
 and values; row i's distribution is of the token i + 1 places behind the root. One pass a round, whatever gamma is.
 Masks do not see what the rows before them guess, so a path's probability is the product of its positions' and the tree
-is the best paths of a product. Cost: the kept share of a target pass; memory: the masks and adapters (``DraftView``).
-It is the target in disguise, so it runs on the target's rank alone, between verify steps: its scratch is overwritten
-by the next one. Trees of a stage before it are not looked at.
+is the best paths of a product. Nodes of a stage before it have rows of their own in the same pass: what it guesses
+behind them is a guess behind these very tokens. Cost: the kept share of a target pass; memory: the masks and adapters
+(``DraftView``). It is the target in disguise, so it runs on the target's rank alone, between verify steps: its scratch
+is overwritten by the next one.
 """
 
 from __future__ import annotations
@@ -25,25 +26,29 @@ from cluster.engine.rank import Rank
 from drafters.base import Ask
 from drafters.expand import Float64Array, Int64Array, Place, expand
 from drafters.follower import Followed, Follower
-from drafters.options import S3DOptions
+from drafters.growth import ROOT, Growth
+from drafters.options import GrowthOptions, S3DOptions
 from drafters.s3d_adapter import S3DAdapter
 
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """One session's part of a pass: ``depth`` rows, and what is asked of them."""
+    """One session's part of a pass: rows for the root, ``depth - 1`` masks and ``nodes`` of the stage before."""
 
-    ask: Ask
-    session: Followed
+    session_id: str
     rows: SlotRows
+    places: list[Place]
     depth: int
+    nodes: list[int]
+    growth: Growth
 
 
 class S3DDrafter(Follower):
     """Drafts for many sessions with one pass over the target's rank.
 
     slot_of: session id -> the target's slot, KeyError where it has none. max_len: positions the target can take.
-    Raises ``ConfigError`` for a rank of several, and for a gamma beyond what the adapter was trained for.
+    Raises ``ConfigError`` for a rank of several, for a gamma beyond what the adapter was trained for, and for more rows
+    than the engine has.
     """
 
     def __init__(
@@ -59,39 +64,39 @@ class S3DDrafter(Follower):
         super().__init__()
         shape = adapter.header.shape
         self._gamma = options.gamma or shape.gamma
-        if self._gamma > min(shape.gamma, rank.kv.scratch):
+        if self._gamma > shape.gamma:
             raise ConfigError(
-                f"gamma: {self._gamma} is not supported; allowed: up to {shape.gamma}, what the adapter was trained"
-                f" for, and {rank.kv.scratch}, the engine's max_rows"
+                f"gamma: {self._gamma} is not supported; allowed: up to {shape.gamma}, what the adapter was trained for"
+            )
+        if self._gamma + options.upstream_rows > rank.kv.scratch:
+            raise ConfigError(
+                f"gamma, upstream_rows: a pass takes {self._gamma + options.upstream_rows} rows of a slot, the engine's"
+                f" max_rows gives {rank.kv.scratch}"
             )
         self.stage = stage
         self.vocab_size: int | None = rank.config.vocab_size
         self.view = DraftView(rank, shape.skip, adapter.low_rank, adapter.tensors["masks"], shape.head_size)
         self._rank, self._options, self._max_len, self._slot_of = rank, options, max_len, slot_of
+        self._growing = GrowthOptions(children=options.children, max_upstream=options.max_upstream, keep_scores=True)
 
     def propose(self, asks: Sequence[Ask], upstream: Mapping[str, TokenTree]) -> dict[str, TokenTree]:
         """Sessions whose slot does not hold all but the last of their tokens are left out."""
-        drafts = [draft for ask in asks if (draft := self._plan(ask, self._session(ask.session_id))) is not None]
+        planned = [self._plan(ask, self._session(ask.session_id), upstream.get(ask.session_id)) for ask in asks]
+        drafts = [draft for draft in planned if draft is not None]
         if not drafts:
             return {}
         logits = self.view.forward([draft.rows for draft in drafts])
-        places = [
-            Place(draft.session.params, len(draft.session.tokens) + row, draft.session.history)
-            for draft in drafts
-            for row in range(draft.depth)
-        ]
+        places = [place for draft in drafts for place in draft.places]
         tokens, probs = expand(logits.numpy(), places, self._options.error_scale)
         trees: dict[str, TokenTree] = {}
         end = 0
         for draft in drafts:
-            start, end = end, end + draft.depth
-            children, ask = slice(self._options.children), draft.ask
-            trees[ask.session_id] = product_tree(
-                tokens[start:end, children], probs[start:end, children], ask.max_nodes, self.stage
-            )
+            start, end = end, end + len(draft.places)
+            fill(draft.growth, draft.nodes, tokens[start:end], probs[start:end])
+            trees[draft.session_id] = draft.growth.tree()
         return trees
 
-    def _plan(self, ask: Ask, session: Followed) -> _Draft | None:
+    def _plan(self, ask: Ask, session: Followed, hint: TokenTree | None) -> _Draft | None:
         base = len(session.tokens)
         try:
             slot = self._slot_of(ask.session_id)
@@ -99,38 +104,42 @@ class S3DDrafter(Follower):
             return None
         if not 0 < base <= self._max_len or self._rank.kv.length(slot) != base - 1:
             return None
-        # Row i stands at position base - 1 + i.
-        depth = min(self._gamma, ask.max_depth, self._max_len - base + 1)
-        masks = self._rank.config.vocab_size + np.arange(depth - 1, dtype=np.int32)
-        rows = np.concatenate([np.array(session.tokens[-1:], np.int32), masks], dtype=np.int32)
-        return _Draft(ask, session, SlotRows(slot, rows, np.arange(-1, depth - 1, dtype=np.int32)), depth)
+        # Row i stands at position base - 1 + i, and so does a node of depth i.
+        max_depth = min(ask.max_depth, self._max_len - base + 1)
+        depth = min(self._gamma, max_depth)
+        growth = Growth(ask.max_nodes, max_depth, hint or TokenTree.empty(), self._growing, self.stage)
+        nodes = sorted(growth.next_nodes(), key=growth.score, reverse=True)[: self._options.upstream_rows]
+        nodes.sort()  # parents before children again
+        row_of = {ROOT: 0, **{node: row for row, node in enumerate(nodes, depth)}}
+        masks = range(self._rank.config.vocab_size, self._rank.config.vocab_size + depth - 1)
+        tokens = [session.tokens[-1], *masks, *(growth.tokens[node] for node in nodes)]
+        parents = [*range(-1, depth - 1), *(row_of[growth.parent(node)] for node in nodes)]
+        places = [Place(session.params, base + row, session.history) for row in range(depth)]
+        for path in map(growth.path, nodes):
+            places.append(Place(session.params, base + len(path), session.history, path))
+        rows = SlotRows(slot, np.array(tokens, np.int32), np.array(parents, np.int32))
+        return _Draft(ask.session_id, rows, places, depth, nodes, growth)
 
 
-def product_tree(tokens: Int64Array, probs: Float64Array, max_nodes: int, stage: Origin) -> TokenTree:
-    """The ``max_nodes`` likeliest nodes where every depth has its own distribution, whatever the path to it.
+def fill(growth: Growth, nodes: Sequence[int], tokens: Int64Array, probs: Float64Array) -> None:
+    """Give a tree the guesses of one pass: behind the root, behind ``nodes``, and through the masks behind all others.
 
-    tokens, probs: (depths, k), each row falling by probability. Tokens of probability 0 are left out. Example: rows
-    [0.6, 0.4] and [0.9, 0.1] with 3 nodes give scores 0.6, 0.54 (below the first) and 0.4.
+    tokens, probs: (depths + nodes, k), each row falling by probability; row i of the first is of the token at depth
+    i + 1, whatever the path to it. Example: depths' rows [0.6, 0.4] and [0.9, 0.1], no nodes: scores 0.6 and 0.4 at
+    the root, then 0.54 and 0.06 below the first and, if there is room, 0.36 and 0.04 below the second.
     """
-    heap: list[tuple[float, int, int, int, int]] = []
-    order = 0
-
-    def push(parent: int, above: float, depth: int, place: int) -> None:
-        """Offer the ``place``-th token of a depth as child of ``parent``; ties go to who was offered first."""
-        nonlocal order
-        if depth < len(tokens) and place < tokens.shape[1] and probs[depth, place] > 0.0:
-            heapq.heappush(heap, (-above * float(probs[depth, place]), order, parent, depth, place))
-            order += 1
-
-    chosen: list[int] = []
-    parents: list[int] = []
-    scores: list[float] = []
-    push(-1, 1.0, 0, 0)
-    while heap and len(chosen) < max_nodes:
-        score, _, parent, depth, place = heapq.heappop(heap)
-        chosen.append(int(tokens[depth, place]))
-        parents.append(parent)
-        scores.append(-score)
-        push(parent, scores[parent] if parent >= 0 else 1.0, depth, place + 1)
-        push(len(chosen) - 1, -score, depth + 1, 0)
-    return TokenTree.build(chosen, parents, scores, int(stage))
+    depth = len(tokens) - len(nodes)
+    growth.expand(ROOT, tokens[0], probs[0])
+    for row, node in enumerate(nodes, depth):
+        growth.expand(node, tokens[row], probs[row])
+    known, seen = set(nodes), 0
+    heap: list[tuple[float, int]] = []
+    for _ in range(growth.max_nodes):  # whoever is not among the best so many has no place in the tree
+        for node in range(seen, len(growth.tokens)):
+            if growth.depths[node] < depth and node not in known:
+                heapq.heappush(heap, (-growth.score(node), node))
+        seen = len(growth.tokens)
+        if not heap:
+            return
+        node = heapq.heappop(heap)[1]
+        growth.expand(node, tokens[growth.depths[node]], probs[growth.depths[node]])

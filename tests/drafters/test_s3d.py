@@ -13,6 +13,7 @@ from test_create import save_model, stage
 from tiny_models import GREEDY, SAMPLED, VOCAB, chain, continuation, random_tokens, tiny_config, tiny_rank, tiny_weights
 
 from cluster.core.errors import ConfigError, UnknownSession
+from cluster.core.token_tree import TokenTree
 from cluster.core.types import Origin, SamplingParams
 from cluster.engine.decoder import Decoder
 from cluster.engine.draft_view import DraftView
@@ -21,8 +22,10 @@ from cluster.engine.kernels_torch import TorchKernels
 from cluster.engine.kv_cache import KVCache, SlotRows
 from cluster.engine.rank import Rank
 from drafters import Ask, TargetFacts, create
-from drafters.options import S3DOptions
-from drafters.s3d import S3DDrafter, product_tree
+from drafters.expand import Float64Array, Int64Array
+from drafters.growth import Growth
+from drafters.options import GrowthOptions, S3DOptions
+from drafters.s3d import S3DDrafter, fill
 from drafters.s3d_adapter import S3DAdapter, S3DHeader, S3DShape
 from drafters.training import train_s3d
 from drafters.training.frequent_tokens import frequent_tokens
@@ -70,6 +73,12 @@ def rank_in(kernels: str, dtype: str) -> Rank:
 
 
 # ---- the tree
+
+
+def product_tree(tokens: Int64Array, probs: Float64Array, max_nodes: int, stage: Origin) -> TokenTree:
+    growth = Growth(max_nodes, len(tokens), TokenTree.empty(), GrowthOptions(), stage)
+    fill(growth, [], tokens, probs)
+    return growth.tree()
 
 
 def test_a_product_tree_holds_the_likeliest_paths_of_independent_positions() -> None:
@@ -217,6 +226,41 @@ def test_it_follows_the_verifiers_commits_and_many_sessions_share_a_pass() -> No
                 expected.tokens.tolist(),
                 expected.parents.tolist(),
             )
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_behind_a_guess_of_the_stage_before_it_guesses_what_the_target_would_say_there(params: SamplingParams) -> None:
+    text = random_tokens(3, 15)
+    drafter, _ = drafter_on(tiny_rank(), text, adapter(WHOLE, scale=0.0), upstream_rows=2)
+    drafter.begin("s", text, params, 15)
+    own = int(drafter.propose([Ask("s", 1, 3)], {})["s"].tokens[0])
+    said = [(own + 1) % VOCAB, (own + 2) % VOCAB]  # nobody else would have guessed so
+    tree = drafter.propose([Ask("s", 9, 4)], {"s": TokenTree.chain(said, Origin.SMALL)})["s"]
+    tree.check(VOCAB, 9, 4)
+    for depth in (1, 2):
+        node = next(node for node in range(len(tree)) if follow(tree, node) == said[:depth])
+        children = [int(tree.tokens[child]) for child in np.flatnonzero(tree.parents == node)]
+        assert tree.stages[node] == Origin.SMALL
+        assert continuation(tiny_rank(), text + said[:depth], params, 1)[0] in children
+
+
+def follow(tree: TokenTree, node: int) -> list[int]:
+    """The tokens down to a node."""
+    return [int(tree.tokens[each]) for each in tree.path(node)]
+
+
+def test_guesses_of_the_stage_before_without_rows_of_their_own_stand_beside() -> None:
+    text = random_tokens(5, 12)
+    drafter, _ = drafter_on(tiny_rank(), text, adapter(), upstream_rows=0)
+    drafter.begin("s", text, GREEDY, 12)
+    own = drafter.propose([Ask("s", 6, 3)], {})["s"]
+    first, other = int(own.tokens[0]), (int(own.tokens[0]) + 1) % VOCAB
+    hint = TokenTree.build([first, other], [-1, 0], [0.99, 0.98], int(Origin.SMALL))
+    assert drafter.propose([Ask("s", 2, 3)], {"s": hint})["s"].tokens.tolist() == [first, other]
+    tree = drafter.propose([Ask("s", 6, 3)], {"s": hint})["s"]
+    tree.check(VOCAB, 6, 3)
+    assert tree.tokens[:2].tolist() == [first, other]
+    assert tree.stages.tolist() == [Origin.SMALL] * 2 + [Origin.MEDIUM] * 4
 
 
 def test_it_waits_for_a_target_that_has_no_slot_or_has_not_read_the_prompt() -> None:
