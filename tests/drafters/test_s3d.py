@@ -244,6 +244,14 @@ def test_behind_a_guess_of_the_stage_before_it_guesses_what_the_target_would_say
         assert continuation(tiny_rank(), text + said[:depth], params, 1)[0] in children
 
 
+def test_a_stage_before_whose_scores_rise_along_a_path_does_no_harm() -> None:
+    text = random_tokens(5, 12)
+    drafter, _ = drafter_on(tiny_rank(), text, adapter(), upstream_rows=1)
+    drafter.begin("s", text, GREEDY, 12)
+    lie = TokenTree.build([1, 2, 3], [-1, 0, -1], [0.1, 0.9, 0.2], int(Origin.SMALL))
+    drafter.propose([Ask("s", 6, 3)], {"s": lie})["s"].check(VOCAB, 6, 3)
+
+
 def follow(tree: TokenTree, node: int) -> list[int]:
     """The tokens down to a node."""
     return [int(tree.tokens[each]) for each in tree.path(node)]

@@ -16,7 +16,7 @@ from cluster.assemble import Target, build_scheduler, load_target
 pytestmark = pytest.mark.weights
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
-DRAFTERS = ("none", "sssd", "draft_model", "swift", "mlp_speculator", "staged")
+DRAFTERS = ("none", "sssd", "draft_model", "swift", "s3d", "mlp_speculator", "staged")
 SAMPLED = ("--temperature", "0.8", "--top-p", "0.95", "--seed", "11")
 
 
@@ -99,4 +99,4 @@ def test_every_drafter_is_bit_equal_alone_in_a_batch_in_chunks_and_resumed(
 ) -> None:
     flags = ["--prompts", str(PROMPTS), "--dtypes", dtype, "--limit", "8", "--max-tokens", "32"]
     assert identity.main([*flags, "--draft-model", str(runs.draft_model)]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["checks"] == 2 * (4 * 4 + 1)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["checks"] == 2 * (5 * 4 + 1)
