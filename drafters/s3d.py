@@ -5,7 +5,8 @@ and values; row i's distribution is of the token i + 1 places behind the root. O
 Masks do not see what the rows before them guess, so a path's probability is the product of its positions' and the tree
 is the best paths of a product. Nodes of a stage before it have rows of their own in the same pass: what it guesses
 behind them is a guess behind these very tokens. Cost: the kept share of a target pass; memory: the masks and adapters
-(``DraftView``). It is the target in disguise, so it runs on the target's rank alone, between verify steps: its scratch
+(``DraftView``). Its head knows a part of the vocabulary, and guesses mind neither biases nor penalties. It is the
+target in disguise, so it runs on the target's rank alone, between verify steps: its scratch
 is overwritten by the next one.
 """
 
@@ -77,6 +78,7 @@ class S3DDrafter(Follower):
         self.vocab_size: int | None = rank.config.vocab_size
         self.view = DraftView(rank, shape.skip, adapter.low_rank, adapter.tensors["masks"], shape.head_size)
         self._rank, self._options, self._max_len, self._slot_of = rank, options, max_len, slot_of
+        self._columns = np.arange(shape.head_size)
         self._growing = GrowthOptions(children=options.children, max_upstream=options.max_upstream, keep_scores=True)
 
     def propose(self, asks: Sequence[Ask], upstream: Mapping[str, TokenTree]) -> dict[str, TokenTree]:
@@ -87,7 +89,7 @@ class S3DDrafter(Follower):
             return {}
         logits = self.view.forward([draft.rows for draft in drafts])
         places = [place for draft in drafts for place in draft.places]
-        tokens, probs = expand(logits.numpy(), places, self._options.error_scale)
+        tokens, probs = expand(logits.numpy(force=True), places, self._options.error_scale, self._columns)
         trees: dict[str, TokenTree] = {}
         end = 0
         for draft in drafts:

@@ -59,13 +59,9 @@ class DraftView:
 
     @torch.inference_mode()
     def forward(self, batch: Sequence[SlotRows]) -> torch.Tensor:
-        """As ``Rank.forward``: (rows wanting logits, vocab) fp32, -inf beyond the head."""
-        vocab_size = self._rank.config.vocab_size
-        step = lay_out(batch, self._rank.kv, vocab_size + len(self.masks))
-        logits = self._forward(step, self._rank.kv, self._skip, None)
-        whole = logits.new_full((len(logits), vocab_size), -torch.inf)
-        whole[:, : logits.shape[1]] = logits
-        return whole
+        """As ``Rank.forward``: (rows wanting logits, head_size) fp32."""
+        step = lay_out(batch, self._rank.kv, self._rank.config.vocab_size + len(self.masks))
+        return self._forward(step, self._rank.kv, self._skip, None)
 
 
 def _adapted(kernels: Kernels, layer: PackedLayer, index: int, adapters: Adapters) -> PackedLayer:
