@@ -6,8 +6,7 @@ Masks do not see what the rows before them guess, so a path's probability is the
 is the best paths of a product. Nodes of a stage before it have rows of their own in the same pass: what it guesses
 behind them is a guess behind these very tokens. Cost: the kept share of a target pass; memory: the masks and adapters
 (``DraftView``). Its head knows a part of the vocabulary, and guesses mind neither biases nor penalties. It is the
-target in disguise, so it runs on the target's rank alone, between verify steps: its scratch
-is overwritten by the next one.
+target in disguise, so it runs on the target's rank alone, between verify steps: its scratch is overwritten by the next.
 """
 
 from __future__ import annotations
