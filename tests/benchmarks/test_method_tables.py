@@ -40,7 +40,10 @@ def test_the_committed_tables_are_those_of_the_results() -> None:
         ("accepted_length", ("rows", 0, "propose_us", "p95"), ["sssd"]),
         ("side_by_side", ("memory_mb", "sssd"), ["sssd_speed"]),
         ("swift", ("matchness", 0, "found"), ["swift", "swift_paper"]),
+        ("swift", ("stream", "search_share"), ["swift_search", "swift_paper"]),
         ("coupling", ("ratio",), ["coupling"]),
+        ("s3d", ("trained", "rows", 0, "draft_ms"), ["s3d"]),
+        ("s3d", ("beside", "rows", -1, "staged"), ["s3d_staged"]),
     ],
 )
 def test_a_changed_figure_is_noticed(file: str, path: tuple[Any, ...], tables: list[str]) -> None:
