@@ -9,7 +9,7 @@ from exactness_rig import Rig
 from tiny import save_tiny_llama
 
 
-@pytest.fixture(scope="module", params=["float64", "float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float64", pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rig:
     return Rig(save_tiny_llama(tmp_path_factory.mktemp("target")), request.param)
 
