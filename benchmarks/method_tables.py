@@ -143,8 +143,9 @@ def swift_search(results: Results) -> str:
     for point in stream["curve"][::POINTS]:
         shares = [f"{point[name]:.3f}" for name in ("found", "uniform")]
         rows.append([f"{point['tokens']:,}", point["category"], *shares, str(point["trials"]), str(point["adopted"])])
+    left_out = f"{stream['skipped']} of {found['matchness'][0]['of']} left out"
     share = f"the search took {stream['search_share']:.2%} of the busy time"
-    what = f"{stream['tokens']:,} tokens, {stream['skipped']} of 56 left out, every {POINTS}rd point; {share}"
+    what = f"{stream['tokens']:,} tokens, {left_out}, one point in {POINTS}; {share}"
     return _with_source(report.table(names, rows), found, what)
 
 

@@ -33,12 +33,11 @@ from drafters.s3d_adapter import S3DAdapter
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """One session's part of a pass: rows for the root, ``depth - 1`` masks and ``nodes`` of the stage before."""
+    """One session's part of a pass: rows for the root, the masks and ``nodes`` of the stage before, in this order."""
 
     session_id: str
     rows: SlotRows
     places: list[Place]
-    depth: int
     nodes: list[int]
     growth: Growth
 
@@ -118,7 +117,7 @@ class S3DDrafter(Follower):
         for path in map(growth.path, nodes):
             places.append(Place(session.params, base + len(path), session.history, path))
         rows = SlotRows(slot, np.array(tokens, np.int32), np.array(parents, np.int32))
-        return _Draft(ask.session_id, rows, places, depth, nodes, growth)
+        return _Draft(ask.session_id, rows, places, nodes, growth)
 
 
 def likeliest(growth: Growth, count: int) -> list[int]:

@@ -153,6 +153,8 @@ class Pipeline:
     def stats(self) -> dict[str, StageStats]:
         """By stage; from any thread."""
         with self._arrived:
+            for record in self._records.values():
+                record.breakers.forget(self._clock())
             return {stage: record.snapshot() for stage, record in self._records.items()}
 
     def leases(self) -> dict[str, int]:

@@ -1,68 +1,31 @@
-"""S3D: a pass through masks and kept layers, on the target's own weights and cache, and the training that fits it."""
+"""S3D: a pass through masks and kept layers, on the target's own weights and cache."""
 
 from __future__ import annotations
 
 import itertools
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_create import save_model, stage
+from s3d_rig import SHAPE, WHOLE, adapter, drafter_on, holding, view_of
 from tiny_models import GREEDY, SAMPLED, VOCAB, chain, continuation, random_tokens, tiny_config, tiny_rank, tiny_weights
 
 from cluster.core.errors import ConfigError, UnknownSession
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import Origin, SamplingParams
 from cluster.engine.decoder import Decoder
-from cluster.engine.draft_view import DraftView
 from cluster.engine.kernels import choose_kernels
 from cluster.engine.kernels_torch import TorchKernels
-from cluster.engine.kv_cache import KVCache, SlotRows
+from cluster.engine.kv_cache import KVCache
 from cluster.engine.rank import Rank
-from drafters import Ask, TargetFacts, create
+from drafters import Ask
 from drafters.expand import Float64Array, Int64Array
 from drafters.growth import Growth
 from drafters.options import GrowthOptions, S3DOptions
 from drafters.s3d import S3DDrafter, fill
-from drafters.s3d_adapter import S3DAdapter, S3DHeader, S3DShape
-from drafters.training import train_s3d
-from drafters.training.frequent_tokens import frequent_tokens
-from drafters.training.s3d_model import TwoStream, loss_of
+from drafters.s3d_adapter import S3DShape
 
-SHAPE = S3DShape(num_layers=4, bottom=1, top=2, gamma=3, rank=3, head_size=VOCAB)
-WHOLE = S3DShape(num_layers=4, bottom=2, top=2, gamma=3, rank=3, head_size=VOCAB)
 INNER = tiny_config().intermediate_size
-
-
-def adapter(shape: S3DShape = SHAPE, scale: float = 0.2) -> S3DAdapter:
-    rng = torch.Generator().manual_seed(5)
-    sizes = shape.sizes(tiny_config())
-    tensors = {
-        name: torch.randn(size, generator=rng, dtype=torch.float64) * (1.0 if name == "masks" else scale)
-        for name, size in sizes.items()
-    }
-    return S3DAdapter(S3DHeader(VOCAB, "hash", shape), tensors)
-
-
-def holding(rank: Rank, text: list[int]) -> int:
-    """A slot of a target that has emitted ``text``: all but the last token are committed."""
-    slot = rank.kv.allocate()
-    rank.forward([chain(slot, text[:-1], logits=False)])
-    rank.kv.commit(slot, range(len(text) - 1))
-    return slot
-
-
-def drafter_on(rank: Rank, text: list[int], made: S3DAdapter, **options: object) -> tuple[S3DDrafter, int]:
-    slot = holding(rank, text)
-    chosen = S3DOptions.model_validate(options)
-    return S3DDrafter(rank, made, chosen, max_len=100, slot_of={"s": slot}.__getitem__), slot
-
-
-def view_of(rank: Rank, made: S3DAdapter) -> DraftView:
-    shape = made.header.shape
-    return DraftView(rank, shape.skip, made.low_rank, made.tensors["masks"], shape.head_size)
 
 
 def rank_in(kernels: str, dtype: str) -> Rank:
@@ -293,122 +256,3 @@ def test_fewer_tokens_are_guessed_where_asked_or_where_the_context_ends() -> Non
     near = S3DDrafter(rank, adapter(), S3DOptions(children=1), max_len=12, slot_of=slots.__getitem__)
     near.begin("s", text, GREEDY, 12)
     assert len(near.propose([Ask("s", 9, 9)], {})["s"]) == 1
-
-
-# ---- the folder
-
-
-def test_an_adapter_comes_back_from_its_folder_in_bf16(tmp_path: Path) -> None:
-    made = adapter()
-    made.save(tmp_path / "a")
-    loaded = S3DAdapter.load(tmp_path / "a", tiny_config(), "hash")
-    assert loaded.header == made.header
-    assert {name: value.tolist() for name, value in loaded.tensors.items()} == {
-        name: value.to(torch.bfloat16).tolist() for name, value in made.tensors.items()
-    }
-
-
-def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "a"
-    with pytest.raises(ConfigError, match="not an S3D adapter"):
-        S3DAdapter.load(folder, tiny_config(), None)
-    adapter().save(folder)
-    for config, tokenizer in ((tiny_config(84), "hash"), (tiny_config(num_layers=5), "hash"), (tiny_config(), "other")):
-        with pytest.raises(ConfigError, match="made for 4 layers, 83 tokens and tokenizer hash"):
-            S3DAdapter.load(folder, config, tokenizer)
-    header = json.loads((folder / "header.json").read_text())
-    (folder / "header.json").write_text(json.dumps({**header, "shape": {**header["shape"], "rank": 4}}))
-    with pytest.raises(ConfigError, match="right size"):
-        S3DAdapter.load(folder, tiny_config(), "hash")
-    (folder / "header.json").write_text(json.dumps({**header, "format": 9}))
-    with pytest.raises(ConfigError, match="format 9"):
-        S3DAdapter.load(folder, tiny_config(), "hash")
-
-
-def test_by_name_it_runs_on_the_targets_rank_alone(tmp_path: Path) -> None:
-    facts = TargetFacts(VOCAB, 512, tmp_path)
-    adapter().save(tmp_path / "a")
-    config = stage("s3d", options={"adapter": str(tmp_path / "a")})
-    with pytest.raises(ConfigError, match="target's process"):
-        create(config, target=facts)
-    rank, slot_of = tiny_rank(), dict[str, int]().__getitem__
-    assert isinstance(create(config, target=facts, rank=rank, slot_of=slot_of), S3DDrafter)
-    with pytest.raises(ConfigError, match="none is shipped"):
-        create(stage("s3d"), target=facts, rank=rank, slot_of=slot_of)
-    deeper = stage("s3d", options={"adapter": str(tmp_path / "a"), "gamma": 4})
-    with pytest.raises(ConfigError, match="gamma: 4"):
-        create(deeper, target=facts, rank=rank, slot_of=slot_of)
-
-
-# ---- training
-
-
-def test_training_sees_what_a_draft_pass_sees() -> None:
-    config, text = tiny_config(), random_tokens(9, 24)
-    model = TwoStream(config, tiny_weights(config, 0), SHAPE)
-    made = adapter()
-    for name, value in model.trained.items():
-        value.data.copy_(made.tensors[name])
-    tokens, starts = torch.tensor(text), torch.tensor([4, 11, 20])
-    _, kept = model.clean(tokens)
-    with torch.no_grad():
-        trained = model.logits(model.draft(tokens, starts, kept))
-    for group, start in enumerate(starts.tolist()):
-        rank = tiny_rank()
-        slot = holding(rank, text[: start + 1])
-        rows = np.array([text[start], VOCAB, VOCAB + 1], np.int32)
-        drafted = view_of(rank, made).forward([SlotRows(slot, rows, np.array([-1, 0, 1], np.int32))])
-        assert trained[group].numpy() == pytest.approx(drafted.numpy(), abs=1e-4)
-
-
-def test_the_loss_is_zero_where_the_draft_is_the_target() -> None:
-    config = tiny_config()
-    one = S3DShape(num_layers=4, bottom=2, top=2, gamma=1, rank=2, head_size=VOCAB)
-    model = TwoStream(config, tiny_weights(config, 0), one)
-    loss, _ = loss_of(model, torch.tensor(random_tokens(10, 20)), torch.tensor([3, 9]), 0.8)
-    assert loss.item() == pytest.approx(0.0, abs=1e-5)
-
-
-def write_chats(path: Path, count: int = 12) -> Path:
-    lines = [{"chat": i, "token_ids": random_tokens(i % 3, 40), "replies": [[8, 20], [25, 40]]} for i in range(count)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def test_training_lowers_the_loss_and_goes_on_where_it_was_saved(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    chats, out = write_chats(tmp_path / "chats.jsonl"), tmp_path / "out"
-    common = ["--model", str(save_model(tmp_path / "target")), "--chats", str(chats), "--dtype", "float32"]
-    common += ["--bottom", "1", "--top", "2", "--gamma", "3", "--rank", "4", "--head-size", str(VOCAB), "--lr", "0.02"]
-    common += ["--held-out", "3", "--save-every", "10", "--groups", "8"]
-
-    def train(folder: Path, steps: int) -> dict[str, object]:
-        train_s3d.main([*common, "--out", str(folder), "--steps", str(steps)])
-        result: dict[str, object] = json.loads(capsys.readouterr().out)
-        return result
-
-    first = train(out, 10)
-    second = train(out, 30)
-    assert (first["steps"], second["steps"]) == (10, 30)
-    assert float(str(second["loss"])) < 0.8 * float(str(first["loss"]))
-    train(tmp_path / "at once", 30)
-    broken_off, at_once = (S3DAdapter.load(folder, tiny_config(), None) for folder in (out, tmp_path / "at once"))
-    assert all(torch.equal(value, at_once.tensors[name]) for name, value in broken_off.tensors.items())
-    assert broken_off.header.provenance["steps"] == 30
-
-
-def test_chats_without_room_for_a_group_are_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "chats.jsonl"
-    path.write_text(
-        '{"token_ids": [1, 2, 3, 4, 5, 6], "replies": [[3, 6]]}\n{"token_ids": [1, 2, 3, 4], "replies": [[3, 4]]}\n'
-    )
-    chats = train_s3d.read_chats([path], 2, 64, "cpu")
-    assert [(chat.tokens.tolist(), chat.places) for chat in chats] == [([1, 2, 3, 4, 5, 6], [2, 3])]
-
-
-def test_frequent_tokens_are_counted_in_replies_alone(tmp_path: Path) -> None:
-    path = tmp_path / "chats.jsonl"
-    path.write_text('{"token_ids": [9, 9, 9, 5, 5, 7, 6], "replies": [[3, 7]]}\n')
-    assert frequent_tokens([path], 12, 2) == [5, 6]
-    assert frequent_tokens([path], 12, 4) == [0, 5, 6, 7]

@@ -66,6 +66,17 @@ def test_only_sessions_that_are_asked_for_are_probed() -> None:
     assert rig.transport.calls == calls + 1
 
 
+def test_a_worker_that_never_came_back_is_not_reported_for_ever() -> None:
+    rig = TwoWorkers()
+    rig.transport.hung = {rig.other}
+    for _ in range(MISSES_TO_OPEN):
+        rig.both(timeout_s=0.05)
+    rig.pipeline.close(rig.its.id)
+    assert rig.pipeline.stats()["small"].breakers_open == 1
+    rig.now += FORGET_AFTER_S + 1.0
+    assert rig.pipeline.stats()["small"].breakers_open == 0
+
+
 def test_a_call_that_failed_for_want_of_a_lease_is_no_workers_fault() -> None:
     rig = TwoWorkers()
     for _ in range(MISSES_TO_OPEN):
