@@ -25,7 +25,7 @@ from cluster.engine.rows import StepRows
 
 SOURCES = tuple(
     Path(__file__).with_name(name)
-    for name in ("kernels.cpp", "attention.h", "linear.h", "mlp_head.h", "norm.h", "pool.h", "simd.h")
+    for name in ("kernels.cpp", "attention.h", "linear.h", "mlp_head.h", "norm.h", "simd.h", "team.h")
 )
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-pthread", "-fPIC", "-shared", "-Wno-psabi")
 BLOCK = 16

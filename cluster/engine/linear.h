@@ -1,9 +1,10 @@
 // Packed linear: weights as [block of 16 outputs][step][64 bytes]; a step is one k in fp32, a pair of k in bf16.
 #pragma once
+#include <algorithm>
 #include <vector>
 
-#include "pool.h"
 #include "simd.h"
+#include "team.h"
 
 namespace {
 
@@ -11,7 +12,9 @@ namespace {
 #if defined(__AVX512BF16__)
 using pairs = uint32_t;
 inline v16 step(const bf16* w, const pairs* x, v16 sum) {
-  return (v16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32((int)*x));
+  int pair;
+  memcpy(&pair, x, 4);
+  return (v16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(pair));
 }
 #else
 struct pairs { float low, high; };
@@ -121,15 +124,13 @@ template <class T, class X> struct Linear {
     if (block + B <= end) rows_of<B, false>(block), block += B;
   }
 
-  void run(int threads) const {
-    int units = (blocks() + 1) / 2;
-    bool small = (int64_t)steps * units < 4096;
-    in_parts(small ? 1 : threads, units, [&](int first, int last) {
-      int block = first * 2, end = last * 2 < blocks() ? last * 2 : blocks();
-      if (rows <= 4) blocks_of<4>(block, end);
-      blocks_of<2>(block, end);
-      if (block < end) rows_of<1, false>(block);
-    });
+  int pairs_of_blocks() const { return (blocks() + 1) / 2; }
+
+  void run(int first_pair, int last_pair) const {
+    int block = first_pair * 2, end = last_pair * 2 < blocks() ? last_pair * 2 : blocks();
+    if (rows <= 4) blocks_of<4>(block, end);
+    blocks_of<2>(block, end);
+    if (block < end) rows_of<1, false>(block);
   }
 };
 
@@ -142,21 +143,34 @@ template <class T> struct Matrix {
 };
 
 // (rows, inputs) -> (rows, outputs): of T, rounded and added to residual if there is one, or of float where wide.
-template <class T, class X>
-void multiply(const T* x, int rows, int inputs, Matrix<T> matrix, const T* residual, void* out, int outputs, bool wide,
-              bool gated, int threads) {
-  static thread_local std::vector<X> buffer, narrow_buffer;
-  static thread_local std::vector<T> narrow;
+// A wide one is the last operation of its call. input(): the rows to multiply, for the thread that asks; what an adapter
+// narrows them to, each thread computes itself.
+template <class T, class X, class Input>
+void multiply(Walk& walk, const Input& input, int rows, int inputs, Matrix<T> matrix, const T* residual, void* out,
+              int outputs, bool wide, bool gated) {
   const auto steps = [](int count) { return sizeof(T) == 2 ? (count + 1) / 2 : count; };
-  const X* low = nullptr;
-  if (matrix.rank) {
-    narrow.resize((size_t)rows * matrix.rank);
-    multiply<T, X>(x, rows, inputs, {matrix.inner, nullptr, nullptr, nullptr, 0}, nullptr, narrow.data(), matrix.rank, false, false, threads);
-    low = stage(narrow.data(), rows, matrix.rank, narrow_buffer);
-  }
-  Linear<T, X>{stage(x, rows, inputs, buffer), matrix.weight, matrix.bias, residual, out, rows, steps(inputs), outputs,
-               wide, gated, low, matrix.outer, steps(matrix.rank)}
-      .run(threads);
+  Linear<T, X> shape{nullptr, matrix.weight, matrix.bias, residual, out, rows, steps(inputs), outputs, wide, gated,
+                     nullptr, matrix.outer, steps(matrix.rank)};
+  const int64_t weight = (int64_t)shape.blocks() * shape.steps * 64;
+  const int parts = weight < 1 << 19 ? 1 : std::max(walk.parts(), (int)(weight >> 20));
+  walk.each(
+      shape.pairs_of_blocks(), parts,
+      [&] {
+        static thread_local std::vector<X> staged, staged_narrow;
+        static thread_local std::vector<T> narrow;
+        Linear<T, X> linear = shape;
+        linear.x = stage(input(), rows, inputs, staged);
+        if (matrix.rank) {
+          narrow.resize((size_t)rows * matrix.rank);
+          Linear<T, X> inner{linear.x, matrix.inner, nullptr, nullptr, narrow.data(), rows, linear.steps, matrix.rank,
+                             false, false, nullptr, nullptr, 0};
+          inner.run(0, inner.pairs_of_blocks());
+          linear.low = stage(narrow.data(), rows, matrix.rank, staged_narrow);
+        }
+        return linear;
+      },
+      [](const Linear<T, X>& linear, int first, int last) { linear.run(first, last); },
+      wide);
 }
 
 }  // namespace
