@@ -16,6 +16,7 @@ SHAPE_RATE = 0.01  # how fast one width's price relative to the others is
 CLIP = 0.5  # log of how far a single step may pull: a step that was interrupted says little
 MAX_SHAPE = math.log(4.0)
 OVERHEAD_RATE = 0.05
+OVERHEAD_CLIP_S = 1e-3  # beyond twice what is usual outside a pass, a round was interrupted there
 MIN_SEEN = 50  # steps at a width before its correction counts as knowledge
 
 
@@ -47,6 +48,7 @@ class LiveCost:
 
     def observe(self, rows: int, context: float, forward_s: float, other_s: float) -> None:
         """A step of ``rows`` rows took ``forward_s`` in the forward pass and ``other_s`` outside it and drafting."""
+        other_s = min(other_s, 2.0 * self.overhead + OVERHEAD_CLIP_S)
         self.overhead += OVERHEAD_RATE * (other_s - self.overhead)
         if forward_s <= 0.0:
             return

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 FAST_RATE = 0.08  # notices that a text began, or ceased, to repeat itself
 SLOW_RATE = 0.01  # remembers rare, large wins
 PROBE_SHARE = 0.01  # of the time goes to asking for sessions where that did not pay
+COLD_ASKS = 8  # the first asks find nothing in memory: what the least of them took is what asking costs
 COST_RATE = 0.1
+INTERRUPTED = 4.0  # an ask that took so many times what asks take says no more than that
 PRIOR_WORTH = 0.5  # tokens per ask of a drafter nothing is known of ...
 PRIOR_COUNT = 8  # ... which weighs as much as so many asks
 TYPICAL_RATE = 0.003
@@ -37,7 +39,8 @@ class AskGate:
     """Pure bookkeeping over what the caller measures; times in seconds, worth in tokens."""
 
     def __init__(self) -> None:
-        self.seconds_per_ask = 0.0  # not known before the first ask
+        self.seconds_per_ask = 0.0  # not known at first: asking is free until it is
+        self._cold: list[float] = []
         self._typical = _Worth()
         self._worth: dict[str, _Worth] = {}
         self._credit = 0.0
@@ -57,9 +60,13 @@ class AskGate:
 
     def asked(self, sessions: int, seconds: float) -> None:
         """One call for so many sessions took ``seconds``."""
-        per_ask = seconds / sessions
-        rate = COST_RATE if self.seconds_per_ask else 1.0
-        self.seconds_per_ask += rate * (per_ask - self.seconds_per_ask)
+        per_ask, known = seconds / sessions, self.seconds_per_ask
+        if known:
+            self.seconds_per_ask += COST_RATE * (min(per_ask, INTERRUPTED * known) - known)
+            return
+        self._cold.append(per_ask)
+        if len(self._cold) == COLD_ASKS:
+            self.seconds_per_ask = min(self._cold)
 
     def observe(self, session_id: str, tokens: float) -> None:
         """An asked session's guesses won so many tokens, net of their rows."""

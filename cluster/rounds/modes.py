@@ -20,6 +20,7 @@ USUAL_ROUNDS = 64  # ... and before the usual one's does, which learns in its fi
 LOOK_GAP = 48  # rounds between two looks at modes not in use, at least
 LOOK_ROUNDS = 4  # how long a look is; its first round only brings the drafters up to date
 LOOK_COST = 0.01  # share of the time that looks may cost
+INTERRUPTED = 16.0  # plain steps: a round that took longer was held up by something else, and counts as so long
 MEMORY = 0.995  # of a mode's earlier rounds is left after one more: how much guesses win varies from round to round
 RECENT = 0.998  # what counts as "the time" fades by this much a round
 
@@ -42,6 +43,7 @@ class ModeChooser:
 
     def observe(self, mode: str, tokens: float, steps: float) -> None:
         """A round in ``mode`` yielded ``tokens`` per session and took as long as ``steps`` plain steps."""
+        steps = min(steps, INTERRUPTED)
         fastest = max(self.steps, key=self.speed, default=mode)
         self.spent = RECENT * self.spent + steps
         self.lost *= RECENT

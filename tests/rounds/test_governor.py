@@ -161,6 +161,16 @@ def test_a_mode_that_is_hardly_better_is_not_worth_a_change() -> None:
     assert used.count("local") > 300
 
 
+@pytest.mark.parametrize("interrupted", [0, 10, 500])
+def test_one_interrupted_round_changes_no_mode(interrupted: int) -> None:
+    chooser, used = ModeChooser(), []
+    for at in range(1000):
+        used.append(chooser.choose(("local", "plain")))
+        steps = 1000.0 if at == interrupted else 1.2
+        chooser.observe(used[-1], 2.0 if used[-1] == "local" else 1.0, steps if used[-1] == "local" else 1.0)
+    assert used.count("local") > 900
+
+
 def test_the_round_after_a_change_is_not_measured() -> None:
     chooser = ModeChooser()
     chooser.observe("local", 2.0, 1.0)

@@ -120,6 +120,33 @@ def test_a_gate_asks_everybody_until_something_is_known_and_again_now_and_then()
     assert gate._worth.keys() == {"does not"}
 
 
+def test_a_gate_is_not_shut_by_slow_first_asks_nor_by_an_interrupted_one() -> None:
+    gate = AskGate()
+
+    def ask(times: int, seconds: float) -> None:
+        for _ in range(times):
+            assert gate.choose(["a"], 10e-3) == {"a"}
+            gate.asked(1, seconds)
+            gate.observe("a", 0.8)
+            gate.tick(10e-3)
+
+    ask(2, 1.5)  # pages of a datastore come from the disk
+    ask(100, 0.5e-3)
+    ask(1, 30.0)
+    ask(100, 0.5e-3)
+    assert gate.seconds_per_ask == pytest.approx(0.5e-3, rel=0.1)
+
+
+def test_an_interrupted_round_hardly_moves_what_a_round_costs_beside_its_pass() -> None:
+    cost = LiveCost(CPU)
+    for at in range(300):
+        cost.observe(1, 0.0, CPU.at(1), 20.0 if at == 200 else 0.5e-3)
+    assert cost.overhead == pytest.approx(0.5e-3, rel=0.05)
+    for _ in range(300):
+        cost.observe(1, 0.0, CPU.at(1), 50e-3)
+    assert cost.overhead == pytest.approx(50e-3, rel=0.05)
+
+
 def test_the_forecast_is_what_the_simulation_measures() -> None:
     rng = np.random.default_rng(0)
     rounds = []
