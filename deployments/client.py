@@ -119,6 +119,7 @@ def replaying_stream(
     ask = pb.GenerateRequest()
     ask.CopyFrom(request)
     heard, pause_s = time.monotonic(), REPLAY_PAUSE_S
+    over = False
     for number in itertools.count(1):
         call = stub.GenerateStream(ask)
         try:
@@ -127,9 +128,12 @@ def replaying_stream(
                 ask.resume_token_ids.extend(item.token_ids)
                 if item.HasField("seed"):
                     ask.sampling_params.seed = item.seed
+                over = item.finish_reason != pb.FINISH_REASON_UNSPECIFIED
                 yield item
             return
         except grpc.RpcError as error:
+            if over:  # only the call's status is lost
+                return
             if not door_died(error) or time.monotonic() - heard > patience_s:
                 raise
             on_replay(error)

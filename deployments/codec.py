@@ -133,9 +133,9 @@ class Codec:
         _check_ids(asked.prompt_field, prompt, info.vocab_size)
         _check_ids("resume_token_ids", asked.resume_token_ids, info.vocab_size)
         params = _params(asked, len(prompt), info)
-        if len(asked.resume_token_ids) >= params.max_tokens:
+        if len(asked.resume_token_ids) > params.max_tokens:  # as many are answered by why the output ended
             raise InvalidArgument(
-                "resume_token_ids", f"{len(asked.resume_token_ids)} ids leave nothing of max_tokens={params.max_tokens}"
+                "resume_token_ids", f"{len(asked.resume_token_ids)} ids are more than max_tokens={params.max_tokens}"
             )
         return GenerateRequest(
             request_id=asked.request_id or f"gen-{uuid.uuid4().hex}",

@@ -100,14 +100,18 @@ async def generate(
         await _until_serving(backend, limits.timeout_s, deadline, request)
     progress = _Progress(request)
     attempt = crashes = 0
+    over = False
     while True:
         remaining = request.timeout_s if deadline is None else max(deadline - clock(), 0.001)
         try:
             async with aclosing(backend.open(progress.attempt(attempt, remaining))) as items:
                 while (item := await _next(items, deadline, request)) is not None:
+                    over = item.finish_reason is not None
                     yield progress.deliver(item)
             return
         except (EngineUnavailable, EngineFailed) as error:
+            if over:  # the target died after its last item
+                return
             crashes += isinstance(error, EngineFailed)
             if attempt == limits.max_replays or crashes == MAX_CRASHES:
                 raise

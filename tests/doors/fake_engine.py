@@ -104,7 +104,8 @@ class FakeEngine:
     async def _items(self, request: GenerateRequest, pause_s: float) -> AsyncGenerator[StreamItem, None]:
         position, rounds, by_origin = len(request.resume_token_ids), 0, [0, 0, 0]
         block = BLOCK if request.speculation.enabled else (Origin.TARGET,)
-        while position < request.params.max_tokens:
+        last = False
+        while not last:
             await asyncio.sleep(pause_s)
             origins = block[: request.params.max_tokens - position]
             tokens = tuple(output_token(request, position + i) for i in range(len(origins)))

@@ -55,7 +55,7 @@ BOTH = [
     Bad("request_id", "x" * 129),
     Bad("request_id", "a\nb"),
     Bad("resume_token_ids", [VOCAB_SIZE], param="resume_token_ids.0"),
-    Bad("resume_token_ids", [1, 2, 3, 4, 5], says="max_tokens=5"),
+    Bad("resume_token_ids", [1, 2, 3, 4, 5, 6], says="max_tokens=5"),
     Bad("speculation", {"max_nodes": 257}, param="speculation.max_nodes"),
     Bad("speculation", {"stages": ["large"]}, param="speculation.stages", says="small, medium"),
     Bad("speculation", {"stages": ["medium"]}, param="speculation.stages", says="served: small"),

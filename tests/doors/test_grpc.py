@@ -77,6 +77,13 @@ def test_resume_goes_on_where_the_client_stopped(doors: Doors) -> None:
     assert items[0].position == 4
 
 
+def test_resume_with_the_whole_output_tells_why_it_ended(doors: Doors) -> None:
+    whole = list(doors.stub.Generate(ask(100)).token_ids)
+    answer = doors.stub.Generate(ask(100, resume_token_ids=whole))
+    assert not answer.token_ids
+    assert answer.finish_reason == pb.FINISH_REASON_LENGTH
+
+
 def test_reflection_is_enough_for_a_client(doors: Doors) -> None:
     pool = DescriptorPool(ProtoReflectionDescriptorDatabase(doors.channel))
     service = pool.FindServiceByName("paceline.v1.Generation")

@@ -53,6 +53,8 @@ class ScriptedBackend:
                     seed=request.params.seed if rounds == 1 else None,
                     finish_reason=FinishReason.LENGTH if last else None,
                 )
+            if number < len(self.deaths) and rounds == self.deaths[number][0]:
+                raise self.deaths[number][1]
         finally:
             self.closed += 1
 
@@ -84,6 +86,13 @@ def test_the_client_sees_one_unbroken_stream_over_three_targets() -> None:
     assert items[-1].stats == SpeculationStats(8, 16, 0, (8, 0, 0))
     assert [request.epoch for request in backend.seen] == [0, 1, 2]
     assert [len(request.resume_token_ids) for request in backend.seen] == [0, 3, 5]
+
+
+def test_a_death_after_the_last_item_is_nobodys_concern() -> None:
+    backend = ScriptedBackend([(8, died())])
+    items = asyncio.run(collect(backend))
+    assert len(items) == 8
+    assert len(backend.seen) == 1
 
 
 def test_a_request_that_comes_while_targets_restart_waits_for_one() -> None:

@@ -45,7 +45,8 @@ class Call:
         for number, at in enumerate(range(start, len(TOKENS), 2)):
             if self._breaks is not None and number == self._breaks[0]:
                 raise self._breaks[1]
-            yield pb.StreamItem(token_ids=TOKENS[at : at + 2], seed=99 if number == 0 else None)
+            reason = pb.FINISH_REASON_LENGTH if at + 2 >= len(TOKENS) else pb.FINISH_REASON_UNSPECIFIED
+            yield pb.StreamItem(token_ids=TOKENS[at : at + 2], seed=99 if number == 0 else None, finish_reason=reason)
         if self._breaks is not None:
             raise self._breaks[1]
 
@@ -82,6 +83,13 @@ def test_a_broken_call_goes_on_after_the_tokens_received_with_the_seed_in_force(
     assert [list(call.request.resume_token_ids) for call in door.calls] == [[], *[list(TOKENS[:4])] * 3]
     assert [call.request.sampling_params.seed for call in door.calls] == [0, 99, 99, 99]
     assert not request.resume_token_ids
+
+
+def test_a_door_that_dies_after_the_last_item_is_not_asked_again() -> None:
+    door = Door((len(TOKENS) // 2, GONE))
+    items = list(stream(door, pb.GenerateRequest(prompt="x")))
+    assert [token for item in items for token in item.token_ids] == list(TOKENS)
+    assert len(door.calls) == 1
 
 
 def test_a_repeated_call_has_an_id_of_its_own_since_the_broken_one_may_still_run() -> None:
