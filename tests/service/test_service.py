@@ -56,7 +56,7 @@ def test_small_medium_and_target_are_processes_of_their_own_and_all_contribute(s
 
 def test_a_resumed_stream_goes_on_identically(service: RealService) -> None:
     whole = service.stream(PROMPT, SAMPLED, enabled=False)
-    for at in (1, 20, 47):
+    for at in (1, 20, 47, 48):
         rest = service.stream(PROMPT, SAMPLED, STAGES, resume=whole.token_ids[:at])
         assert whole.token_ids[:at] + rest.token_ids == whole.token_ids
         assert whole.text.endswith(rest.text)

@@ -98,7 +98,7 @@ def test_both_doors_answer_with_vllms_tokens(service: RealService) -> None:
         assert (found.token_ids, found.text) == (plain.token_ids, plain.text)
         return pb.ORIGIN_SMALL in found.origins
 
-    eventually(drafted, 60)
+    eventually(drafted, 120)
     client = OpenAI(base_url=f"{service.url}/v1", api_key="none")
     answer = client.chat.completions.create(
         model="smollm2",
