@@ -31,6 +31,16 @@ START = {
 }
 SERVE_LIMIT_S, UP_LIMIT_S, DOWN_LIMIT_S = 240.0, 180.0, 180.0
 DOWNSCALE_DELAY_S, IDLE_TIMEOUT_MINUTES = 3.0, 0.1
+# What its nodes, processes on this host, do not need, but the autoscaler does not start without.
+EMPTY = [
+    "cluster_synced_files",
+    "initialization_commands",
+    "setup_commands",
+    "head_setup_commands",
+    "worker_setup_commands",
+    "head_start_ray_commands",
+    "worker_start_ray_commands",
+]
 
 
 def launcher() -> dict[str, Any]:
@@ -48,6 +58,7 @@ def launcher() -> dict[str, Any]:
         "auth": {},
         "available_node_types": {"ray.head.default": head, "draft": draft},
         "head_node_type": "ray.head.default",
+        **{field: [] for field in EMPTY},
     }
 
 
