@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.core.errors import PacelineError
+from cluster.core.types import STAGE_NAMES
 from deployments import client
+from protos import generation_pb2 as pb
+from protos import generation_pb2_grpc
 
 PROMPT = "Write a short poem about the sea. Then write the same poem again, word for word."
 STATE = Path(".run/state.json")
@@ -87,15 +91,40 @@ def main() -> int:
 
 
 def demonstrate(address: str, prompt: str) -> None:
-    """One real request over gRPC, twice: through both drafting stages, then as the engine itself would choose."""
+    """One real request over gRPC, twice: through every drafting stage, then as the engine itself would choose."""
     ask = ["--address", address, "--prompt", prompt, "--stream", "--compare", "--max-tokens", "160"]
-    print(f"\n> {prompt}\n\nwith both drafting stages asked in every round:", flush=True)
     colours = "never" if "NO_COLOR" in os.environ else "always"
-    failed = client.main([*ask, "--stages", "small,medium", "--color", colours])
-    print("\nthe same, guessing only where the engine measures that it pays:", flush=True)
+    failed = 0
+    print(f"\n> {prompt}")
+    if stages := wake_stages(address):
+        print(f"\nwith {' and '.join(stages)} asked in every round, whether it pays or not:", flush=True)
+        failed |= client.main([*ask, "--stages", ",".join(stages), "--color", colours])
+    print("\nguessing only where the engine measures that it pays:", flush=True)
     failed |= client.main([*ask, "--color", "never"])
     if failed:
         raise SetupError("the request failed: see above")
+
+
+def wake_stages(address: str) -> list[str]:
+    """Have every remote stage answer once and return them; one that nobody named of late stands at zero replicas."""
+    ask = pb.GenerateRequest(prompt="one two three", sampling_params=pb.SamplingParams(max_tokens=64, ignore_eos=True))
+    with grpc.insecure_channel(address) as channel:
+        stub = generation_pb2_grpc.GenerationStub(channel)
+
+        def answers() -> Counter[str]:
+            counts = Counter[str]()
+            for replica in stub.GetLoad(pb.GetLoadRequest(), timeout=10.0).replicas:
+                counts.update({stage: stats.answers for stage, stats in replica.stages.items()})
+            return counts
+
+        before, deadline = answers(), time.monotonic() + START_TIMEOUT_S
+        stages = [stage for stage in STAGE_NAMES if stage in before]
+        ask.speculation.stages.extend(stages)
+        while any(answers()[stage] == before[stage] for stage in stages):
+            if time.monotonic() > deadline:
+                raise SetupError(f"{stages} do not answer after {START_TIMEOUT_S:.0f} s; logs are in {LOG.parent}/")
+            stub.Generate(ask, timeout=60.0)
+        return stages
 
 
 class SetupError(Exception):

@@ -61,6 +61,10 @@ class EngineConfig(_Config):
     governor: Literal["auto", "always"] = Field(
         default="auto", description="always: ask every stage and verify every node offered, whether it pays or not"
     )
+    remote_use: Literal["auto", "named"] = Field(
+        default="auto",
+        description="auto: remote stages are tried, and used where they pay; named: only for requests that name them",
+    )
     stream_interval_ms: float = Field(
         default=0.0, ge=0.0, description="least time between two items of a stream; 0: an item per step"
     )

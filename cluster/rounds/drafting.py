@@ -155,6 +155,8 @@ class Drafting:
         modes, now = self._governor.modes, self._clock()
         if self._governor.always:
             return True
+        if self._config.remote_use == "named":
+            return False
         fastest = max(map(modes.speed, modes.steps), default=0.0)
         if modes.rounds[REMOTE] >= MIN_ROUNDS and modes.speed(REMOTE) >= WORTH_A_LEASE * fastest:
             return True

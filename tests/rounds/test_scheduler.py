@@ -252,6 +252,20 @@ def test_leases_are_opened_only_where_remote_stages_may_pay(rank: Rank) -> None:
     assert workers["small"].num_sessions == 0
 
 
+def test_remote_stages_can_be_kept_for_requests_that_name_them(rank: Rank) -> None:
+    workers = {"small": DraftWorker("small", ScriptedDrafter(always_wrong(VOCAB)))}
+    transport = InProcessTransport(workers)
+    rig = Rig(rank, None, Pipeline(transport, ("small",), VOCAB, 16), governor="auto", remote_use="named")
+    free = rig.submit([3], tokens=50)
+    rig.run()
+    transport.join()
+    assert (free.num_output, transport.calls) == (50, 0)
+    rig.submit([3], tokens=50, stages=("small",))
+    rig.run()
+    transport.join()
+    assert transport.calls > 0
+
+
 @pytest.mark.parametrize(
     ("wish", "guesses"),
     [({"stages": ("medium",)}, True), ({"stages": ("small",)}, False), ({"max_nodes": 0}, False), ({}, True)],
