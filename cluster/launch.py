@@ -23,7 +23,7 @@ from cluster.core.types import tokenizer_hash
 from cluster.leases import RayDraftTransport
 from cluster.placement import rank_resources
 from cluster.rounds.draft_worker import DraftWorker
-from cluster.rounds.messages import PROTOCOL_VERSION, DraftAsk, DraftReply, WorkerFacts, WorkerLoad
+from cluster.rounds.messages import PROTOCOL_VERSION, DraftAsk, WorkerFacts, WorkerLoad, pack, unpack
 from drafters import TargetFacts, create
 
 if TYPE_CHECKING:
@@ -74,20 +74,21 @@ class DraftActor:
             raise EngineFailed(f"a draft computation has been running for {time.monotonic() - since:.0f} s")
         self._compute.submit(self._worker.drop_idle)  # not waited for: drafts may stand before it
 
-    async def draft(self, verifier: str, asks: list[DraftAsk], upstream: DraftReply | None = None) -> DraftReply:
+    async def draft(self, verifier: str, packed: bytes, upstream: bytes | None = None) -> bytes:
         """See ``DraftWorker.draft``. ``upstream`` arrives as the small stage's object ref, resolved by Ray.
 
         An ask that a newer one of its session has overtaken while it queued is dropped: its tree would be late.
         """
+        asks: list[DraftAsk] = unpack(packed)
         states = [(ask, (verifier, ask.commit.key.session_id), _state(ask)) for ask in asks]
         for _, name, state in states:
             self._newest[name] = max(state, self._newest.get(name, state))
 
-        def compute() -> DraftReply:
+        def compute() -> bytes:
             self._computing_since = start = time.monotonic()
             try:
                 fresh = [ask for ask, name, state in states if state >= self._newest.get(name, state)]
-                return self._worker.draft(verifier, fresh, upstream)
+                return pack(self._worker.draft(verifier, fresh, None if upstream is None else unpack(upstream)))
             finally:
                 self._computing_since = None
                 self._work = self._work.plus(time.monotonic() - start, len(asks), len(asks) - len(fresh))

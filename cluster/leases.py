@@ -18,7 +18,7 @@ from ray import serve
 
 from cluster.core.errors import ConfigError
 from cluster.core.types import STAGE_NAMES
-from cluster.rounds.messages import PROTOCOL_VERSION, DraftAsk, Lease
+from cluster.rounds.messages import PROTOCOL_VERSION, Lease, pack, unpack
 from cluster.rounds.pipeline import ChainAsk, Deliver, Fail
 
 log = logging.getLogger(__name__)
@@ -153,13 +153,13 @@ class RayDraftTransport:
         stage, worker = "", None
         try:
             for stage, worker in workers:
-                asks: list[DraftAsk] = [chain.asks[stage] for chain in members]
+                asks = pack([chain.asks[stage] for chain in members])
                 # The upstream's ref is an argument: its trees go from worker to worker, nobody waits for them here.
                 refs.append(worker.draft.remote(self._verifier, asks, *refs[-1:]))
             async with asyncio.timeout(CALL_LIMIT_S):
                 for at, ref in zip(workers, refs):
                     stage, worker = at
-                    deliver(worker, await ref)
+                    deliver(worker, unpack(await ref))
         except TimeoutError:
             log.warning("stage %s did not answer a call within %g s", stage, CALL_LIMIT_S)
         except Exception as error:  # whatever it is, it costs this round's trees and nothing else

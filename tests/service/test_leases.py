@@ -16,7 +16,7 @@ from service_rig import MODEL
 
 from cluster.core.types import Commit, SamplingParams, TreeKey, digest_of
 from cluster.leases import RayDraftTransport
-from cluster.rounds.messages import DraftAsk, DraftReply, SessionStart, WorkerFacts
+from cluster.rounds.messages import DraftAsk, DraftReply, SessionStart, WorkerFacts, pack, unpack
 from cluster.rounds.pipeline import ChainAsk
 
 pytestmark = [pytest.mark.weights, pytest.mark.cluster]
@@ -150,8 +150,8 @@ def test_a_draft_actor_remembers_nothing_of_asks_that_are_answered() -> None:
         config = DraftersConfig(target_model=ModelConfig.model_validate(MODEL))
         actor = DraftActor(StageConfig(name="small", drafter="sssd"), config)
         asks = [ask(f"s{at}").asks["small"] for at in range(10)]
-        replies = await asyncio.gather(*(actor.draft(VERIFIER, [each]) for each in asks))
-        assert all(reply.trees for reply in replies)
+        replies = await asyncio.gather(*(actor.draft(VERIFIER, pack([each])) for each in asks))
+        assert all(unpack(reply).trees for reply in replies)
         await actor.check()
         assert actor._newest == {}
         for at in range(10):
@@ -168,7 +168,7 @@ def test_a_session_whose_end_was_lost_is_freed_although_nobody_asks_any_more() -
     async def work() -> None:
         config = DraftersConfig(target_model=ModelConfig.model_validate(MODEL))
         actor = DraftActor(StageConfig(name="small", drafter="sssd", lease_ttl_s=0.1), config)
-        await actor.draft(VERIFIER, [ask("orphan").asks["small"]])
+        await actor.draft(VERIFIER, pack([ask("orphan").asks["small"]]))
         assert await actor.num_sessions() == 1
         for _ in range(100):
             await actor.check()
