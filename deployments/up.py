@@ -162,6 +162,7 @@ def start_ray() -> str:
     port, dashboard_port = _free_port(6379), _free_port(8265)
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}", "--disable-usage-stats"]
+    command += ["--include-log-monitor=False"]  # it reads every log to show it to drivers: there are none
     print(f"starting Ray on port {port} (log: {LOG})", flush=True)
     with open(LOG, "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
