@@ -87,6 +87,9 @@ def main() -> int:
     except (PacelineError, SetupError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except grpc.RpcError as error:
+        print(f"error: {error.code().name}: {error.details()}", file=sys.stderr)
+        return 1
     return 0
 
 

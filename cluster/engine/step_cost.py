@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 CONTEXT = 64  # committed positions behind which rows are measured first ...
 FAR_CONTEXT = 1024  # ... and once more, to know what context costs
-REPEATS = 4
+LEAST_LOOKS, MOST_LOOKS = 4, 16  # at each width, for as long as this takes no longer than ...
+PATIENCE_S = 3.0  # ... so many seconds: an engine starts while much else does, and the curve outlives that
 STALE_FACTOR = 1.5  # how far a kept curve may be from what a look shows
 
 
@@ -62,8 +63,8 @@ def measure_steps(rank: Rank, max_rows: int) -> CostCurve:
     widths = (*(width for width in WIDTHS if width < max_rows), max_rows)
     near = min(CONTEXT, rank.kv.capacity // 2)
     far = min(FAR_CONTEXT, rank.kv.capacity)
-    seconds = _least_seconds(rank, widths, near, REPEATS)
-    further = _least_seconds(rank, widths, far, REPEATS)
+    seconds = _least_seconds(rank, widths, near)
+    further = _least_seconds(rank, widths, far)
     slopes = accumulate((max(0.0, b - a) / (far - near) for a, b in zip(seconds, further)), max)
     return CostCurve(widths, tuple(accumulate(seconds, max)), tuple(slopes), near)
 
@@ -93,7 +94,7 @@ def load_curve(path: Path) -> CostCurve | None:
 def still_holds(rank: Rank, curve: CostCurve) -> bool:
     """Whether the narrowest step and one in the middle take about as long as ``curve`` says."""
     looks = (curve.rows[0], curve.rows[len(curve.rows) // 2])
-    for width, seconds in zip(looks, _least_seconds(rank, looks, curve.context, REPEATS)):
+    for width, seconds in zip(looks, _least_seconds(rank, looks, curve.context)):
         if not 1 / STALE_FACTOR < seconds / curve.at(width) < STALE_FACTOR:
             return False
     return True
@@ -109,12 +110,15 @@ def curve_path(folder: Path, dtype: str, kernels: str, threads: int) -> Path:
     return cache_folder("cost") / f"{digest[:24]}.json"
 
 
-def _least_seconds(rank: Rank, widths: Sequence[int], context: int, repeats: int) -> list[float]:
+def _least_seconds(rank: Rank, widths: Sequence[int], context: int) -> list[float]:
     slot = rank.kv.allocate()
     try:
         rank.kv.fill(slot, context)
         least = dict.fromkeys(widths, math.inf)
-        for _ in range(repeats):
+        enough = time.perf_counter() + PATIENCE_S
+        for number in range(MOST_LOOKS):
+            if number >= LEAST_LOOKS and time.perf_counter() > enough:
+                break
             for width in widths:
                 rows = _chain(slot, min(width, rank.kv.scratch))
                 start = time.perf_counter()
