@@ -2,7 +2,7 @@
 
 Control plane: a lease per session and stage is one long streaming Serve call, so that Serve balances, wakes, drains and
 scales drafters by their number of sessions. Data plane: calls on the leased worker's own actor handle.
-All of it runs on one event loop in a thread of its own; the engine thread never waits for it.
+Leases live on an event loop in a thread of its own; the engine thread never waits for anything here.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
@@ -24,7 +26,6 @@ from cluster.rounds.pipeline import ChainAsk, Deliver, Fail
 log = logging.getLogger(__name__)
 
 REOPEN_AFTER_S = 1.0
-CALL_LIMIT_S = 30.0  # a call without an answer for so long is given up: its worker hangs
 STOP_LIMIT_S = 10.0
 
 
@@ -49,7 +50,6 @@ class RayDraftTransport:
         self._tokenizer_hash = tokenizer_hash
         self._workers: dict[tuple[str, str], Any] = {}  # (session, stage) -> actor handle
         self._tasks: dict[str, list[asyncio.Task[None]]] = {}
-        self._calls: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="draft-transport", daemon=True)
         self._thread.start()
@@ -61,9 +61,6 @@ class RayDraftTransport:
 
     def worker(self, session_id: str, stage: str) -> Hashable:
         return self._workers.get((session_id, stage))
-
-    def draft(self, chains: Sequence[ChainAsk], deliver: Deliver, fail: Fail) -> None:
-        self._loop.call_soon_threadsafe(self._send, chains, deliver, fail)
 
     def close(self, session_id: str) -> None:
         self._loop.call_soon_threadsafe(self._close, session_id)
@@ -78,7 +75,7 @@ class RayDraftTransport:
         """Give every lease back and end the thread."""
 
         async def drain() -> None:
-            tasks = [task for tasks in self._tasks.values() for task in tasks] + list(self._calls)
+            tasks = [task for tasks in self._tasks.values() for task in tasks]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -131,7 +128,9 @@ class RayDraftTransport:
                 f"its worker's tokenizer is {lease.facts.tokenizer_hash}, the target's is {self._tokenizer_hash}"
             )
 
-    def _send(self, chains: Sequence[ChainAsk], deliver: Deliver, fail: Fail) -> None:
+    # --- draft calls: sent from the caller's thread, answered on Ray's
+
+    def draft(self, chains: Sequence[ChainAsk], deliver: Deliver, fail: Fail) -> None:
         """One call per worker: sessions that share the same workers travel together."""
         groups: dict[tuple[tuple[str, Any], ...], list[ChainAsk]] = defaultdict(list)
         for chain in chains:
@@ -142,26 +141,53 @@ class RayDraftTransport:
             else:
                 groups[workers].append(chain)
         for workers, members in groups.items():
-            task = self._loop.create_task(self._call(workers, members, deliver, fail))
-            self._calls.add(task)
-            task.add_done_callback(self._calls.discard)
+            self._call(workers, members, deliver, fail)
 
-    async def _call(
+    def _call(
         self, workers: Sequence[tuple[str, Any]], members: Sequence[ChainAsk], deliver: Deliver, fail: Fail
     ) -> None:
-        refs: list[Any] = []
-        stage, worker = "", None
-        try:
-            for stage, worker in workers:
-                asks = pack([chain.asks[stage] for chain in members])
-                # The upstream's ref is an argument: its trees go from worker to worker, nobody waits for them here.
-                refs.append(worker.draft.remote(self._verifier, asks, *refs[-1:]))
-            async with asyncio.timeout(CALL_LIMIT_S):
-                for at, ref in zip(workers, refs):
-                    stage, worker = at
-                    deliver(worker, unpack(await ref))
-        except TimeoutError:
-            log.warning("stage %s did not answer a call within %g s", stage, CALL_LIMIT_S)
-        except Exception as error:  # whatever it is, it costs this round's trees and nothing else
+        def failed(stage: str, worker: Hashable, error: Exception) -> None:
+            """Whatever it is, it costs this round's trees and nothing else."""
             log.debug("a draft call to stage %s failed: %r", stage, error)
             fail(stage, worker, [chain.session_id for chain in members])
+
+        calls: deque[_Call] = deque()
+        for stage, worker in workers:
+            asks = pack([chain.asks[stage] for chain in members])
+            # The upstream's ref is an argument: its trees go from worker to worker, nobody waits for them here.
+            upstream = [calls[-1].answer] if calls else []
+            try:
+                calls.append(_Call(stage, worker, worker.draft.remote(self._verifier, asks, *upstream)))
+            except Exception as error:
+                failed(stage, worker, error)
+                break
+        if calls:
+            _deliver_in_turn(calls, deliver, failed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """``answer``: the object ref of what ``worker`` says for ``stage``."""
+
+    stage: str
+    worker: Any
+    answer: Any
+
+
+def _deliver_in_turn(calls: deque[_Call], deliver: Deliver, failed: Callable[[str, Hashable, Exception], None]) -> None:
+    """Each answer as it comes, in chain order; the first call that fails breaks the chain.
+
+    On the thread that Ray reads answers on: handing them to an event loop would cost a thread's waking more.
+    """
+    call = calls.popleft()
+
+    def answered(future: Future[bytes]) -> None:
+        try:
+            deliver(call.worker, unpack(future.result()))
+        except Exception as error:
+            failed(call.stage, call.worker, error)
+        else:
+            if calls:
+                _deliver_in_turn(calls, deliver, failed)
+
+    call.answer.future().add_done_callback(answered)
