@@ -216,7 +216,8 @@ def _remote(where: str) -> Connect:
         if not (stages := draft_stages(app)):
             raise ConfigError(f"application {app!r} has no draft stages")
         vocab = load_tokenizer(resolve_model(model.tokenizer)).get_vocab()
-        transport = RayDraftTransport(f"vllm-{uuid.uuid4().hex[:12]}", app, stages, tokenizer_hash(vocab))
+        name = f"vllm-{uuid.uuid4().hex[:12]}"
+        transport = RayDraftTransport(name, app, stages, tokenizer_hash(vocab), in_background=True)
         return ChainDrafter(Pipeline(transport, stages, model.vocab_size, TREE_NODES, run_ahead=1), TREE_NODES)
 
     return connect

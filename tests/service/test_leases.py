@@ -83,13 +83,13 @@ def ask(session_id: str, stages: Sequence[str] = STAGES) -> ChainAsk:
     return ChainAsk(session_id, {stage: DraftAsk(Commit(key, key.base, ()), 8, 4, start) for stage in stages})
 
 
-@pytest.fixture
-def transport(ray_cluster) -> Iterator[RayDraftTransport]:  # type: ignore[no-untyped-def]
+@pytest.fixture(params=[False, True], ids=["", "in the background"])
+def transport(ray_cluster, request: pytest.FixtureRequest) -> Iterator[RayDraftTransport]:  # type: ignore[no-untyped-def]
     from cluster.core.types import tokenizer_hash
     from cluster.engine.weights import load_tokenizer, resolve_model
 
     vocab = load_tokenizer(resolve_model(MODEL["source"])).get_vocab()
-    made = RayDraftTransport(VERIFIER, APP, STAGES, tokenizer_hash(vocab))
+    made = RayDraftTransport(VERIFIER, APP, STAGES, tokenizer_hash(vocab), in_background=request.param)
     yield made
     made.stop()
     assert not made._thread.is_alive()
@@ -181,6 +181,7 @@ def test_a_session_whose_end_was_lost_is_freed_although_nobody_asks_any_more() -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("transport", [False], indirect=True)
 def test_leases_come_and_go_with_applications_workers_and_sessions(transport: RayDraftTransport) -> None:
     import ray
     from ray import serve
