@@ -83,7 +83,7 @@ def ask(session_id: str, stages: Sequence[str] = STAGES) -> ChainAsk:
     return ChainAsk(session_id, {stage: DraftAsk(Commit(key, key.base, ()), 8, 4, start) for stage in stages})
 
 
-@pytest.fixture(params=[False, True], ids=["", "in the background"])
+@pytest.fixture(params=[False, True], ids=["sent at once", "in the background"])
 def transport(ray_cluster, request: pytest.FixtureRequest) -> Iterator[RayDraftTransport]:  # type: ignore[no-untyped-def]
     from cluster.core.types import tokenizer_hash
     from cluster.engine.weights import load_tokenizer, resolve_model
