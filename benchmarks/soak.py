@@ -99,8 +99,10 @@ def short(title: str) -> str:
     words = title.split()
     if title.startswith("ray::"):
         return words[0].partition(".")[0]
-    script = next((word for word in words if word.endswith(".py")), words[0])
-    return Path(script).name
+    program = Path(words[0]).name
+    if not program.startswith("python"):
+        return program
+    return next((Path(word).name for word in words if word.endswith(".py")), program)
 
 
 def soak(rig: Rig, requests: int) -> dict[str, Any]:

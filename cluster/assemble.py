@@ -155,7 +155,7 @@ def round_tracer(engine: EngineConfig) -> RoundTracer | None:
     try:
         from cluster.rounds.tracing import start_tracing
     except ImportError as error:
-        raise ConfigError(f"engine.tracing: {error}: pip install 'paceline[tracing]'") from error
+        raise ConfigError(f"engine.tracing: {error}: pip install '.[tracing]'") from error
     return start_tracing()
 
 

@@ -159,7 +159,7 @@ class RayDraftTransport:
     def _call(
         self, workers: Sequence[tuple[str, Any]], members: Sequence[ChainAsk], deliver: Deliver, fail: Fail
     ) -> None:
-        def failed(stage: str, worker: Hashable, error: Exception) -> None:
+        def failed(stage: str, worker: Hashable, error: BaseException) -> None:
             """Whatever it is, it costs this round's trees and nothing else."""
             log.debug("a draft call to stage %s failed: %r", stage, error)
             fail(stage, worker, [chain.session_id for chain in members])
@@ -187,7 +187,9 @@ class _Call:
     answer: Any
 
 
-def _deliver_in_turn(calls: deque[_Call], deliver: Deliver, failed: Callable[[str, Hashable, Exception], None]) -> None:
+def _deliver_in_turn(
+    calls: deque[_Call], deliver: Deliver, failed: Callable[[str, Hashable, BaseException], None]
+) -> None:
     """Each answer as it comes, in chain order; the first call that fails breaks the chain.
 
     On the thread that Ray reads answers on: handing them to an event loop would cost a thread's waking more.
@@ -195,6 +197,10 @@ def _deliver_in_turn(calls: deque[_Call], deliver: Deliver, failed: Callable[[st
     call = calls.popleft()
 
     def answered(future: Future[bytes]) -> None:
+        # Raised here, the error would hold this frame and the frame the future: a cycle that keeps refs and asks alive.
+        if (broken := future.exception()) is not None:
+            failed(call.stage, call.worker, broken)
+            return
         try:
             deliver(call.worker, unpack(future.result()))
         except Exception as error:

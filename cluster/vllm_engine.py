@@ -187,7 +187,7 @@ class VllmEngine:
             )
         if request.request_id in self._calls:
             raise InvalidArgument("request_id", f"{request.request_id!r} is running already")
-        if len(self._calls) >= self._max_waiting:
+        if request.epoch == 0 and len(self._calls) >= self._max_waiting:  # a replay was admitted once already
             raise Overloaded(f"{len(self._calls)} requests run or wait; allowed: {self._max_waiting}")
 
     async def _attach(self) -> None:

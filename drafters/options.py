@@ -53,7 +53,7 @@ class SwiftOptions(GrowthOptions):
     skip: str | list[int] = "uniform:12"
     sets: str = Field(default="default", description="folder of sets found beforehand; default: those shipped")
     proposals: Literal["mutate", "random", "bayes"] = Field(
-        default="mutate", description="how a search finds sets to try; bayes needs pip install 'paceline[search]'"
+        default="mutate", description="how a search finds sets to try; bayes needs pip install '.[search]'"
     )
     study_rows: int = Field(default=32, ge=16, le=512, description="tokens that a search scores in one step")
     search_seed: int = Field(default=0, ge=0)

@@ -108,7 +108,7 @@ class BayesProposer:
         try:
             import optuna
         except ModuleNotFoundError:
-            raise ConfigError("proposals: bayes needs optuna: pip install 'paceline[search]'") from None
+            raise ConfigError("proposals: bayes needs optuna: pip install '.[search]'") from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna: Any = optuna
         self._space, self._seed = space, seed

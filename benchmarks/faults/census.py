@@ -20,20 +20,26 @@ from benchmarks.faults.deploy import DRAFTERS
 
 
 def census() -> dict[str, Any]:
-    """Without this driver's own. ``references``: object references that workers own or hold."""
+    """Without this driver's own. ``references``: object references that workers own or hold, by the actor's class."""
     ray.init(log_to_driver=False)
     state = get_state_from_address(ray.get_runtime_context().gcs_address)
-    actors = Counter(actor["ActorClassName"] for actor in state.actor_table(None).values() if actor["State"] != "DEAD")
+    classes = {
+        actor["ActorID"]: actor["ActorClassName"]
+        for actor in state.actor_table(None).values()
+        if actor["State"] != "DEAD"
+    }
     sessions = serve.get_app_handle(DRAFTERS).sessions.remote().result(timeout_s=30)
     nodes = [
         node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False)
         for node in state.node_table()
         if node["Alive"]
     ]
-    workers = [worker for node in nodes for worker in node.core_workers_stats if worker.pid != os.getpid()]
+    references: Counter[str] = Counter()
+    for worker in (worker for node in nodes for worker in node.core_workers_stats if worker.pid != os.getpid()):
+        references[classes.get(worker.actor_id.hex(), "no actor")] += worker.num_object_refs_in_scope
     return {
-        "actors": dict(sorted(actors.items())),
-        "references": sum(worker.num_object_refs_in_scope for worker in workers),
+        "actors": dict(sorted(Counter(classes.values()).items())),
+        "references": dict(sorted(references.items())),
         "stored_objects": sum(node.store_stats.num_local_objects for node in nodes),
         "drafter_sessions": sessions,
     }

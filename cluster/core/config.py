@@ -81,7 +81,7 @@ class EngineConfig(_Config):
     draft_deadline_min_ms: float = Field(default=2.0, ge=0.0)
     draft_deadline_max_ms: float = Field(default=250.0, ge=0.0)
     tracing: bool = Field(
-        default=False, description="OpenTelemetry spans of requests and rounds; needs the extra paceline[tracing]"
+        default=False, description="OpenTelemetry spans of requests and rounds; needs the project's extra `tracing`"
     )
     emulated_step_ms: float = Field(
         default=0.0, ge=0.0, description="for experiments: added to every step, as if the target were larger"

@@ -115,26 +115,35 @@ class Drafting:
         if self._local is not None:
             for session, commit in commits:
                 self._local.commit(session.id, commit.token_ids)
-        free = {session.id for session, _ in commits if engine_chooses(session) and self.cap(session) > 0}
-        mode = self._choose_mode(free) if free else self.mode
+        sessions = [session for session, _ in commits]
+        free = {session.id for session in sessions if engine_chooses(session) and self.cap(session) > 0}
+        reachable = self._pipeline is not None and (self._governor.always or self._pipeline.reachable(free))
+        if free:
+            self.mode = self._choose_mode(reachable)
         if self._pipeline is not None:
-            if free and self._worth_leases():
-                for session_id in free:
-                    self._pipeline.lease(session_id, self._pipeline.stages)
-            default = self._pipeline.stages if mode == REMOTE else ()
-            # Until the stages follow every session, they only catch up: a round that waits for some sessions' trees
-            # and not for others' would cost time and tell nothing.
-            together = self._governor.always or self._pipeline.follows(free)
-            under_way = self._pipeline.ask(
-                [
-                    (s, s.request.speculation.stages or default, cap if together or s.id not in free else 0)
-                    for s, _ in commits
-                    if (cap := self.cap(s)) > 0
-                ]
-            )
-            if mode == REMOTE and not free <= under_way:
-                mode = MIXED if free & under_way else self._fallback()
-        self.mode = mode
+            under_way = self._ask_stages(self._pipeline, sessions, free, reachable)
+            if self.mode == REMOTE and not free <= under_way:
+                self.mode = MIXED if free & under_way else self._fallback()
+
+    def _ask_stages(self, pipeline: Pipeline, sessions: Sequence[Session], free: set[str], reachable: bool) -> set[str]:
+        """``free``: those whose stages are the engine's choice. Returns those for which trees are under way."""
+        if free and self._worth_leases():
+            for session_id in free:
+                pipeline.lease(session_id, pipeline.stages)
+        # Where every worker is left out, asking is for the probe, which alone gets through.
+        probing = not reachable and pipeline.broken
+        stages = pipeline.stages if self.mode == REMOTE or probing else ()
+        # Until the stages follow every session, they only catch up: a round that waits for some sessions' trees and not
+        # for others' would cost time and tell nothing.
+        together = self._governor.always or probing or pipeline.follows(free)
+        wishes: list[tuple[Session, Sequence[str], int]] = []
+        for session in sessions:
+            cap = self.cap(session)
+            if session.id in free:
+                wishes.append((session, stages, cap if together else 0))
+            elif cap > 0:
+                wishes.append((session, session.request.speculation.stages or (), cap))
+        return pipeline.ask(wishes)
 
     def cap(self, session: Session) -> int:
         """Nodes the session's tree may have."""
@@ -143,9 +152,8 @@ class Drafting:
             return 0
         return self._config.max_nodes if wish.max_nodes is None else min(wish.max_nodes, self._config.max_nodes)
 
-    def _choose_mode(self, free: set[str]) -> str:
+    def _choose_mode(self, reachable: bool) -> str:
         """Where the sessions that leave it to the engine shall get their next guesses from."""
-        reachable = self._pipeline is not None and (self._governor.always or self._pipeline.reachable(free))
         if self._governor.always:
             return REMOTE if reachable else self._usual[0]
         return self._governor.modes.choose([*self._usual, REMOTE] if reachable else self._usual)

@@ -166,13 +166,20 @@ class Pipeline:
             return any(self._in_use(session_id, stage) for session_id in session_ids for stage in self.stages)
 
     def follows(self, session_ids: Iterable[str]) -> bool:
-        """Whether each of these sessions is held by a worker that is in use."""
+        """Whether each of these sessions is held by a worker that is in use, or has none but broken ones: they may stay
+        so for long."""
         with self._arrived:
             return all(
                 (known := self._sessions.get(session_id)) is not None
-                and any(self._in_use(session_id, stage) for stage in known.held)
+                and (any(self._in_use(session_id, stage) for stage in known.held) or self._stranded(session_id))
                 for session_id in session_ids
             )
+
+    @property
+    def broken(self) -> bool:
+        """Whether any worker is left out."""
+        with self._arrived:
+            return any(record.breakers.num_open for record in self._records.values())
 
     def ask(self, wishes: Sequence[tuple[Drafted, Sequence[str], int]]) -> set[str]:
         """Ask for trees on the sessions' present state: (session, stages, max nodes). Returns at once.
@@ -201,11 +208,13 @@ class Pipeline:
                     nodes = min(max_nodes + self._run_ahead, self._most_nodes)
                     chains.append(ChainAsk(session.id, {stage: _ask(known, stage, nodes) for stage in chain}))
                     sent.update(chain.items())
+                    known.asked_s = self._clock()
                     if probe is None or probe not in chain.items():
                         if self._run_ahead:
                             known.look_up()
-                        known.chain, known.waiting_for, known.asked_s = chain, session.key, self._clock()
-                        known.silent_since_s = min(known.silent_since_s, known.asked_s)
+                        known.chain, known.waiting_for = chain, session.key
+                        for stage in chain:
+                            known.silent_since.setdefault(stage, known.asked_s)
                         under_way.add(session.id)
             if probe is not None and probe in sent:
                 self._records[probe[0]].breakers.probed(probe[1], self._clock())
@@ -226,7 +235,7 @@ class Pipeline:
 
         Where a chain's last stage did not answer in time, an earlier one's tree is taken, and the first worker that did
         not answer has missed its deadline. ``late_after_s``: whoever rather goes on than wait may allow more, counted
-        from the first ask since the session's last answer.
+        from the first ask since that stage's last answer.
         """
         with self._arrived:
             self._patience = timeout_s if late_after_s is None else late_after_s
@@ -238,9 +247,9 @@ class Pipeline:
                     break
             now = self._clock()
             late = {
-                next((stage, worker) for stage, worker in k.chain.items() if stage not in k.heard)
-                for k in mine
-                if k.waiting and (late_after_s is None or now - k.silent_since_s >= late_after_s)
+                (stage, known.chain[stage])
+                for known in mine
+                if known.waiting and (stage := known.silent(now, late_after_s)) is not None
             }
             in_time = {(stage, known.chain[stage]) for known in mine for stage in known.heard.intersection(known.chain)}
             for stage, worker in late:
@@ -272,12 +281,19 @@ class Pipeline:
         """Whether the session has a worker of the stage, and one that is not left out."""
         return self._usable(stage, self._transport.worker(session_id, stage))
 
+    def _stranded(self, session_id: str) -> bool:
+        """Whether the session has workers, all of them left out."""
+        workers = [(s, worker) for s in self.stages if (worker := self._transport.worker(session_id, s)) is not None]
+        return bool(workers) and not any(self._usable(stage, worker) for stage, worker in workers)
+
     def _due_probe(self, places: Iterable[tuple[str, str]]) -> tuple[str, Hashable] | None:
         """Of the workers (session, stage) that are left out, the one whose turn it is, and of which stage.
 
         At most one at a time, so that no broken worker is probed through another.
         """
         now, broken = self._clock(), list[tuple[float, str, Hashable]]()
+        for record in self._records.values():
+            record.breakers.forget(now)
         for session_id, stage in places:
             breakers = self._records[stage].breakers if stage in self._records else None
             if breakers is not None and breakers.num_open:
@@ -304,7 +320,8 @@ class Pipeline:
             self._records[stage].missed(worker, self._clock())
             for session_id in session_ids:
                 if known := self._sessions.get(session_id):
-                    known.failed = stage in known.chain
+                    known.failed |= stage in known.chain
+                    known.silent_since.pop(stage, None)
             self._arrived.notify_all()
 
     def _deliver(self, worker: Hashable, reply: DraftReply) -> None:
@@ -320,13 +337,14 @@ class Pipeline:
             for session_id, length in report.held.items():
                 known = self._sessions.get(session_id)
                 if known and length <= known.session.base:  # more than was ever sent is rubbish
-                    known.silent_since_s = math.inf
+                    known.silent_since.pop(report.stage, None)
                     known.held[report.stage] = max(length, known.held.get(report.stage, 0))
                     if known.waiting_for and known.waiting_for.base == length and session_id not in reply.trees:
                         known.heard.add(report.stage)
             for session_id in report.resync:
                 if known := self._sessions.get(session_id):
                     known.held.pop(report.stage, None)
+                    known.silent_since.pop(report.stage, None)
                     known.heard.add(report.stage)
             for session_id, tree in reply.trees.items():
                 self._receive(session_id, report.stage, worker, tree)

@@ -76,8 +76,8 @@ class SessionDrafts:
 
     ``present``: the state last asked about; the session itself may be moving on while a reply is looked at. ``chain``,
     ``heard``, ``trees``: stages of the ask under way and their workers, those that answered it, and with what;
-    ``asked_s``: when it was sent; ``silent_since_s``: the first ask since the last answer. ``leased``: whether workers
-    were asked for.
+    ``asked_s``: when it was sent; ``silent_since``: by stage, the first ask since its last answer. ``leased``: whether
+    workers were asked for.
     ``newest``: the last draft that came, in time or not; ``verified``: how many of its nodes were; ``cached``: what the
     latest tokens have left of it.
     """
@@ -88,7 +88,7 @@ class SessionDrafts:
     leased: bool = False
     present: TreeKey | None = None
     asked_s: float = -math.inf
-    silent_since_s: float = math.inf
+    silent_since: dict[str, float] = field(default_factory=dict)
     waiting_for: TreeKey | None = None
     chain: dict[str, Hashable] = field(default_factory=dict)
     heard: set[str] = field(default_factory=set)
@@ -106,6 +106,12 @@ class SessionDrafts:
     def clear(self) -> None:
         self.waiting_for, self.chain, self.failed, self.cached = None, {}, False, None
         self.heard, self.trees = set(), {}
+
+    def silent(self, now: float, late_after_s: float | None) -> str | None:
+        """The first stage of the chain that has not answered; with ``late_after_s``, not for so long."""
+        if late_after_s is None:
+            return next((stage for stage in self.chain if stage not in self.heard), None)
+        return next((s for s in self.chain if now - self.silent_since.get(s, now) >= late_after_s), None)
 
     def best(self) -> Draft | None:
         """That of the last stage that sent one, or else the cached one, if it hangs on the present state."""

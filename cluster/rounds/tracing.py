@@ -30,7 +30,7 @@ from cluster.rounds.session import Phase, Session
 
 EXPORTERS = "opentelemetry_traces_exporter"  # the group under which exporters' packages register them
 OTLP = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
-INSTALL = "pip install 'paceline[tracing]'"
+INSTALL = "pip install '.[tracing]'"
 
 
 class RoundTracer:

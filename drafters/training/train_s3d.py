@@ -8,6 +8,7 @@ The target stays frozen: what is trained is used by draft passes alone, so the t
 step some chats run through the target, and groups of masks behind random tokens of its replies learn to guess what
 comes (``s3d_model.py``). ``--out`` holds a usable adapter from the first save on: a running average of the steps so
 far, the better the longer it runs. A run that is broken off goes on where it was saved, also towards more ``--steps``.
+``--start`` begins with another adapter's masks and layers, say of one that keeps more layers.
 
 A 135M target on two free cores takes about two seconds a step, and 2,000 steps are once through 1.3 M tokens. On a GPU
 ``--device cuda --chats-per-step 16`` is another matter of minutes.
@@ -29,9 +30,10 @@ from typing import Any
 import torch
 
 from cluster.core.config import ModelConfig
+from cluster.core.errors import ConfigError
 from cluster.engine.kernels import DTYPES
 from cluster.engine.weights import load_weights, read_config, resolve_model
-from drafters.s3d_adapter import S3DAdapter, S3DHeader, S3DShape
+from drafters.s3d_adapter import S3DAdapter, S3DHeader, S3DShape, find_adapter
 from drafters.shipped_store import tokenizer_of
 from drafters.training.s3d_model import TwoStream, loss_of
 
@@ -124,6 +126,17 @@ class Trainer:
         self._optimizer.load_state_dict(state["optimizer"])
 
     @torch.no_grad()
+    def start_from(self, adapter: S3DAdapter) -> None:
+        """Take over the masks, and the layers both keep. Raises ``ConfigError`` where their sizes differ."""
+        known = {name: value for name, value in adapter.tensors.items() if name in self.average}
+        differing = sorted(name for name, value in known.items() if value.shape != self.average[name].shape)
+        if differing:
+            raise ConfigError(f"start: {differing[0]} has another size there; allowed: the same --gamma and --rank")
+        for values in (self._model.trained, self.average):
+            for name, value in known.items():
+                values[name].copy_(value)
+
+    @torch.no_grad()
     def _swap(self, values: dict[str, torch.Tensor]) -> None:
         for name, value in self._model.trained.items():
             value.copy_(values[name])
@@ -176,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default=ModelConfig().source, help="folder, .gguf, hub id or pypi:PACKAGE")
     parser.add_argument("--chats", type=Path, nargs="+", required=True, help="JSON lines of self_generate")
     parser.add_argument("--out", type=Path, required=True, help="folder of the adapter; goes on where it was saved")
+    parser.add_argument("--start", default="", help="folder of an adapter to begin with, or default: the shipped one")
     parser.add_argument("--bottom", type=int, default=8, help="layers kept at the input")
     parser.add_argument("--top", type=int, default=8, help="layers kept at the output")
     parser.add_argument("--gamma", type=int, default=4, help="tokens guessed in one pass; fewer may be asked for later")
@@ -212,6 +226,8 @@ def main(argv: list[str] | None = None) -> int:
     trainer = Trainer(TwoStream(config, weights, shape), args)
     if (args.out / STATE).is_file():
         trainer.load(args.out / STATE)
+    elif args.start:
+        trainer.start_from(S3DAdapter.load(find_adapter(args.start, config, folder), config, tokenizer_of(folder)))
     args.out.mkdir(parents=True, exist_ok=True)
     chats = read_chats(args.chats, args.gamma, args.max_tokens, args.device)
     if len(chats) <= args.held_out:

@@ -124,6 +124,22 @@ def test_training_lowers_the_loss_and_goes_on_where_it_was_saved(
     assert broken_off.header.provenance["steps"] == 30
 
 
+def test_training_starts_from_an_adapter_that_keeps_more_layers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chats, wide, narrow = write_chats(tmp_path / "chats.jsonl"), tmp_path / "wide", tmp_path / "narrow"
+    common = ["--model", str(save_model(tmp_path / "target")), "--chats", str(chats), "--dtype", "float32"]
+    common += ["--gamma", "3", "--head-size", str(VOCAB), "--held-out", "3", "--groups", "8", "--rank", "4"]
+    train_s3d.main([*common, "--out", str(wide), "--bottom", "2", "--top", "2", "--steps", "3", "--lr", "0.02"])
+    start = ["--out", str(narrow), "--bottom", "1", "--top", "2", "--start", str(wide), "--lr", "0"]
+    train_s3d.main([*common, *start, "--steps", "1"])
+    started, known = (S3DAdapter.load(folder, tiny_config(), None).tensors for folder in (narrow, wide))
+    assert len(started) == 1 + 3 * 8
+    assert all(torch.equal(value, known[name]) for name, value in started.items())
+    with pytest.raises(ConfigError, match=r"start: .* the same --gamma and --rank"):
+        train_s3d.main([*common[:-1], "8", *start[2:], "--out", str(tmp_path / "third"), "--steps", "1"])
+
+
 def test_chats_without_room_for_a_group_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "chats.jsonl"
     path.write_text(

@@ -46,7 +46,7 @@ def test_a_worker_that_hangs_is_left_out_and_the_stages_other_workers_are_not() 
     assert rig.pipeline.stats()["small"].breakers_open == 1
     assert rig.pipeline.reachable([rig.session.id])
     assert not rig.pipeline.reachable([rig.its.id])
-    assert [rig.pipeline.follows([each.id]) for each in (rig.session, rig.its)] == [True, False]
+    assert rig.pipeline.follows([rig.session.id, rig.its.id])  # nobody waits for a worker that is left out
     rig.transport.hung = set()
     rig.now += PROBE_INTERVAL_S + 0.1
     assert rig.both() == {"s"}  # a probe is sent along, not waited for

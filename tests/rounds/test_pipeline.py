@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 
 import pytest
+from fakes import ScriptedDrafter
 from pipeline_rig import PATIENCE_S, VOCAB, LyingWorker, Rig, next_token, session, slow, stages_of
 
 from cluster.core.errors import Overloaded
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import Origin
 from cluster.rounds.breaker import MISSES_TO_OPEN
+from cluster.rounds.draft_worker import DraftWorker
 from cluster.rounds.messages import DraftReply, StageReport
 from cluster.rounds.pipeline import ChainAsk
 
@@ -101,6 +103,61 @@ def test_the_stage_that_hangs_is_blamed_and_not_the_one_that_waits_for_it() -> N
         assert rig.round(timeout_s=0.1) is None
     assert rig.pipeline.misses == {"small": MISSES_TO_OPEN, "medium": 0}
     assert stages_of(rig.round()) == [Origin.MEDIUM]
+
+
+def test_the_stage_that_hangs_is_blamed_where_rounds_go_on_and_another_stage_answers() -> None:
+    rig = Rig()
+    rig.transport.hung = {"medium"}
+    for _ in range(2 * MISSES_TO_OPEN):
+        rig.commit(7)
+        rig.ask()
+        rig.transport.join()
+        rig.now += 1.0
+        rig.pipeline.collect([rig.session], 0.0, late_after_s=1.5)
+    assert rig.pipeline.misses == {"small": 0, "medium": MISSES_TO_OPEN}
+
+
+def test_a_call_that_fails_after_another_does_not_have_the_round_wait_again() -> None:
+    rig = Rig()
+    rig.transport.hung = {"small", "medium"}
+    rig.ask()
+    rig.pipeline._sessions[rig.session.id].chain.pop("medium")  # which was sent a start only
+    assert rig.pipeline.awaits(rig.session.id, PATIENCE_S)
+    for stage in ("small", "medium"):
+        rig.pipeline._failed(stage, WORKER, [rig.session.id])
+        assert not rig.pipeline.awaits(rig.session.id, PATIENCE_S)
+
+
+def test_an_answer_to_a_sessions_first_ask_being_a_probe_is_timed_like_any_other() -> None:
+    rig = Rig(("small",))
+    rig.transport.hung = {"small"}
+    for _ in range(MISSES_TO_OPEN):
+        rig.round(timeout_s=0.01)
+    rig.transport.hung = set()
+    other = session("other")
+    rig.pipeline.open(other, rig.pipeline.stages)
+    for _ in range(2):  # a probe that is its start, and one that is its first ask
+        rig.now += 1.5
+        rig.pipeline.collect([other], 0.0)  # with no patience the answers come too late to close the breaker
+        rig.pipeline.ask([(other, rig.pipeline.stages, 8)])
+        rig.transport.join()
+    assert other.id in rig.pipeline._sessions
+    assert rig.pipeline._sessions[other.id].newest is not None
+    assert 0.0 <= rig.pipeline.reply_s < 10.0
+
+
+def test_sessions_all_of_whose_workers_are_left_out_hold_nobody_up() -> None:
+    rig = Rig(("small",))
+    broken = DraftWorker("small", ScriptedDrafter(next_token, vocab_size=VOCAB))
+    other = session("other")
+    rig.transport.placed[other.id, "small"] = broken
+    rig.pipeline.open(other, rig.pipeline.stages)
+    rig.transport.hung = {broken}
+    assert not rig.pipeline.follows([rig.session.id, other.id])
+    for _ in range(MISSES_TO_OPEN):
+        rig.pipeline._failed("small", broken, [other.id])
+    assert rig.pipeline.broken
+    assert rig.pipeline.follows([rig.session.id, other.id])
 
 
 def test_a_stage_that_always_answers_late_stays_left_out() -> None:

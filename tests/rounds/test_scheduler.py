@@ -205,6 +205,37 @@ def test_remote_stages_are_measured_once_they_hold_the_session(rank: Rank) -> No
     transport.join()
 
 
+def test_workers_that_are_all_left_out_are_probed_and_used_again(rank: Rank) -> None:
+    plain = Rig(rank)
+    session = plain.submit([3], tokens=200)
+    plain.run()
+    drafter, ahead_s = ScriptedDrafter(oracle({(3,): session.tokens[1:]})), 0.0
+    transport = InProcessTransport({"small": DraftWorker("small", drafter)})
+    pipeline = Pipeline(transport, ("small",), VOCAB, 16, clock=lambda: ahead_s + time.monotonic())
+    rig = Rig(rank, None, pipeline, governor="auto", draft_deadline_min_ms=200, draft_deadline_max_ms=200)
+    session = rig.submit([3], tokens=200)
+    while not pipeline.reachable([session.id]) or not pipeline.follows([session.id]):
+        rig.scheduler.step()
+        transport.join()
+    transport.dead = {"small"}
+    while not pipeline.broken:
+        rig.scheduler.step()
+        transport.join()
+    calls = transport.calls
+    for _ in range(3):
+        rig.scheduler.step()
+    assert transport.calls == calls
+    assert not pipeline.reachable([session.id])
+    transport.dead, ahead_s = set(), 1.5
+    rig.scheduler.step()
+    transport.join()
+    assert transport.calls == calls + 1
+    rig.scheduler.step()
+    assert not pipeline.broken
+    rig.run()
+    assert session.stats.mean_accepted_length > 1
+
+
 def test_who_waits_for_stages_it_named_holds_nobody_else_up(rank: Rank) -> None:
     workers = {"small": DraftWorker("small", ScriptedDrafter(always_wrong(VOCAB)))}
     transport = InProcessTransport(workers)

@@ -103,7 +103,7 @@ def test_what_is_left_behind_is_found_by_kind() -> None:
     [
         ("ray::ServeReplica:paceline:Target.generate", "ray::ServeReplica:paceline:Target"),
         ("ray::DraftActor", "ray::DraftActor"),
-        ("/x/raylet/raylet --raylet_socket_name=/tmp/s", "raylet"),
+        ("/x/raylet/raylet --raylet_socket_name=/tmp/s --python_worker_command=python setup_worker.py", "raylet"),
         ("/x/bin/python -u /x/ray/log_monitor.py --session-dir=/tmp/s", "log_monitor.py"),
     ],
 )

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import threading
 import time
+import weakref
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from service_rig import MODEL
 
 from cluster.core.types import Commit, SamplingParams, TreeKey, digest_of
-from cluster.leases import RayDraftTransport
+from cluster.leases import RayDraftTransport, _Call, _deliver_in_turn
 from cluster.rounds.messages import DraftAsk, DraftReply, SessionStart, WorkerFacts, pack, unpack
 from cluster.rounds.pipeline import ChainAsk
 
@@ -140,6 +143,31 @@ def test_a_worker_that_hangs_or_dies_holds_up_no_other_sessions_calls(transport:
     transport._workers.clear()
     for worker, _ in workers[::2]:
         ray.kill(worker)
+
+
+def test_a_call_that_failed_leaves_nothing_for_the_collector() -> None:
+    read: list[Future[bytes]] = []
+
+    class Answer:
+        def future(self) -> Future[bytes]:
+            read.append(Future())
+            return read[0]
+
+    answers, answer = Answers(), Answer()
+    kept = weakref.ref(answer)
+
+    def fail(stage: str, worker: Hashable, error: BaseException) -> None:
+        answers.fail(stage, worker, [])
+
+    gc.disable()
+    try:
+        _deliver_in_turn(deque([_Call("small", None, answer)]), answers.deliver, fail)
+        read.pop().set_exception(RuntimeError("the worker died"))
+        assert answers.failures == [("small", ())]
+        del answer
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_a_draft_actor_remembers_nothing_of_asks_that_are_answered() -> None:
