@@ -6,7 +6,8 @@
 In each round the drafter proposes a tree behind the text so far; as many tokens are accepted as the record follows the
 tree, plus the bonus token. Greedy verification of a row-invariant engine would do exactly this, whatever the hardware.
 Reported: tokens per round by number of nodes and by source (the session's own text, the store, both), the same by
-category, with stores of several sizes, and the time of a proposal. The last line is JSON.
+category, with stores of several sizes, and the time of a proposal. ``--live`` adds an empty store that fills with the
+answers as they end, in random order, and shows what it is worth by quarters of them. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import random
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -28,10 +30,13 @@ from cluster.core.token_tree import TokenTree
 from cluster.core.types import SamplingParams
 from drafters.base import Ask
 from drafters.datastore import Datastore, StoreHeader, build_index, open_store
+from drafters.live_store import LiveStores
 from drafters.options import SssdOptions
 from drafters.sssd import SssdDrafter
 
 MAX_DEPTH = 64
+OWNER = "replay"
+PARTS = 4  # of the records, in which a store that fills is looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,13 @@ class Tally:
     seconds: list[float] = field(default_factory=list)
     nodes: list[tuple[float, bool]] = field(default_factory=list)
 
+    def add(self, other: Tally) -> None:
+        for mine, theirs in ((self.tokens, other.tokens), (self.rounds, other.rounds)):
+            for name, count in theirs.items():
+                mine[name] += count
+        self.seconds += other.seconds
+        self.nodes += other.nodes
+
     def length(self, categories: Iterable[str] | None = None) -> float:
         """Tokens per round."""
         chosen = list(self.rounds if categories is None else categories)
@@ -69,13 +81,18 @@ def read_records(outputs: Path, prompts: Path | None, limit: int | None) -> list
     return [record for record in records if record.output][:limit]
 
 
-def replay(records: Iterable[Record], drafter: SssdDrafter, num_nodes: int, *, own: bool = True) -> Tally:
-    """Follow every record with trees of ``num_nodes``. Without ``own`` each round knows the query's tokens alone."""
-    tally, query = Tally(), SssdOptions().query
+def replay(
+    records: Iterable[Record], drafter: SssdDrafter, num_nodes: int, *, own: bool = True, live: LiveStores | None = None
+) -> Tally:
+    """Follow every record with trees of ``num_nodes``. Without ``own`` each round knows the query's tokens alone.
+
+    live: the drafter's live stores, whose background work is waited for, since a replay leaves it no time.
+    """
+    tally, query, owner = Tally(), SssdOptions().query, "" if live is None else OWNER
     for record in records:
         text, params = record.prompt + record.output, SamplingParams()
         base = len(record.prompt)
-        drafter.begin("replay", text[:base], params, base)
+        drafter.begin("replay", text[:base], params, base, owner)
         while base < len(text):
             if not own:
                 drafter.begin("replay", text[max(0, base - query) : base], params, 0)
@@ -91,6 +108,8 @@ def replay(records: Iterable[Record], drafter: SssdDrafter, num_nodes: int, *, o
             tally.tokens[record.category] += gained
             tally.rounds[record.category] += 1
         drafter.end("replay")
+        if live is not None:
+            live.wait()
     return tally
 
 
@@ -131,24 +150,49 @@ def measure(
     for source, num_nodes in itertools.product(sources, nodes):
         used = store if source != "own" else None
         tally = replay(records, SssdDrafter(SssdOptions(), store=used), num_nodes, own=source != "store")
-        median, p95 = (round(1e6 * float(np.quantile(tally.seconds, share)), 1) for share in (0.5, 0.95))
-        size = len(used) if used else 0
-        print(
-            f"{source:6}{size:>11,} tokens stored{num_nodes:>4} nodes: {tally.length():.3f} tokens a round,"
-            f" {median:.0f} us a proposal ({p95:.0f} at most in 95 % of them)"
-        )
-        rows.append(
-            {
-                "source": source,
-                "store_tokens": size,
-                "nodes": num_nodes,
-                "accepted_length": round(tally.length(), 4),
-                "by_category": {name: round(tally.length([name]), 3) for name in sorted(tally.rounds)},
-                "calibration": reliability(tally),
-                "propose_us": {"median": median, "p95": p95},
-            }
-        )
+        rows.append(_row(source, len(used) if used else 0, num_nodes, tally))
     return rows
+
+
+def measure_live(records: Sequence[Record], store: Datastore | None, nodes: Sequence[int]) -> list[dict[str, Any]]:
+    """As ``measure``, with a store that is empty at first and fills, beside ``store`` if there is one.
+
+    ``by_part``: (tokens that it held, tokens a round) in each of ``PARTS`` parts of the records.
+    """
+    mixed = random.Random(0).sample(records, len(records))
+    vocab_size = 1 + max(max(record.prompt + record.output) for record in records)
+    rows = []
+    for num_nodes in nodes:
+        live, tally, parts = LiveStores(vocab_size), Tally(), []
+        drafter = SssdDrafter(SssdOptions(), store=store, live=live)
+        for first in range(PARTS):
+            begins, ends = (len(mixed) * part // PARTS for part in (first, first + 1))
+            known = live.of(OWNER)
+            part = replay(mixed[begins:ends], drafter, num_nodes, live=live)
+            parts.append((len(known) if known else 0, round(part.length(), 4)))
+            tally.add(part)
+        row = _row("live" if store is None else "all", parts[-1][0] + len(store or ()), num_nodes, tally)
+        print(f"       by quarters: {', '.join(f'{length:.3f} from {size:,} tokens on' for size, length in parts)}")
+        rows.append({**row, "by_part": parts})
+    return rows
+
+
+def _row(source: str, store_tokens: int, num_nodes: int, tally: Tally) -> dict[str, Any]:
+    """One source's figures, printed."""
+    median, p95 = (round(1e6 * float(np.quantile(tally.seconds, share)), 1) for share in (0.5, 0.95))
+    print(
+        f"{source:6}{store_tokens:>11,} tokens stored{num_nodes:>4} nodes: {tally.length():.3f} tokens a round,"
+        f" {median:.0f} us a proposal ({p95:.0f} at most in 95 % of them)"
+    )
+    return {
+        "source": source,
+        "store_tokens": store_tokens,
+        "nodes": num_nodes,
+        "accepted_length": round(tally.length(), 4),
+        "by_category": {name: round(tally.length([name]), 3) for name in sorted(tally.rounds)},
+        "calibration": reliability(tally),
+        "propose_us": {"median": median, "p95": p95},
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -159,15 +203,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--store-tokens", default="", help="sizes the store is cut to besides its own, e.g. 1e5,1e6")
     parser.add_argument("--nodes", default="4,8,16")
     parser.add_argument("--limit", type=int, default=None)
+    parser.add_argument("--live", action="store_true", help="also with an empty store that fills")
     args = parser.parse_args(argv)
     records = read_records(args.outputs, args.prompts, args.limit)
     nodes = [int(number) for number in args.nodes.split(",")]
     rows = measure(records, None, ["own"], nodes)
-    if args.store is not None:
-        store = open_store(args.store)
+    store = open_store(args.store) if args.store is not None else None
+    if store is not None:
         for size in [int(float(size)) for size in args.store_tokens.split(",") if size]:
             rows += measure(records, truncated(store, size), ["both"], nodes)
         rows += measure(records, store, ["store", "both"], nodes)
+    if args.live:
+        rows += measure_live(records, None, nodes)
+        if store is not None:
+            rows += measure_live(records, store, nodes)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     made_of = StoreHeader.read(args.store).provenance if args.store else {}
     print(json.dumps({"records": len(records), "rows": rows, "store": made_of, "settings": settings, **provenance()}))

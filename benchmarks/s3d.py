@@ -8,9 +8,9 @@ tokens are accepted as the record follows it, plus the bonus token. Greedy verif
 the trained adapter for every gamma and number of nodes; for the last of each, masks and adapters as training begins
 (``untrained``), also with other layer counts and places (``--keep``, e.g. ``8+8,12+4``), whose first guess shows what
 skipping alone costs; and n-grams alone, the adapter alone, and the two as stages (``beside``).
-A draft pass, a plain step and the step that verifies are timed in turn; from these and the tokens a round follows the
-speed that can be had (``forecast``, by plain decoding's). Results are added to those that stand in the file. The last
-line is JSON.
+Timed in turn: a draft pass by itself (``pass``), a whole proposal (``draft``: with laying out, picking and the tree), a
+plain step, and the step that verifies. From these and the tokens a round follows the speed that can be had
+(``forecast``, by plain decoding's). Results are added to those that stand in the file. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -114,19 +114,21 @@ def _likeliest(tree: TokenTree) -> list[int]:
 
 
 def times(
-    rank: Rank, drafter: S3DDrafter, slots: dict[str, int], sizes: Sequence[int], repeats: int
+    rank: Rank, drafter: S3DDrafter, gamma: int, slots: dict[str, int], sizes: Sequence[int], repeats: int
 ) -> dict[str | int, float]:
-    """Median ms of a whole propose (``draft``), of a plain step (1) and of steps of so many rows, measured in turn."""
+    """Median ms of a propose (``draft``), its pass, a plain step (1) and steps of so many rows, measured in turn."""
     slot = slots["time"] = rank.kv.allocate()
     rank.kv.fill(slot, CONTEXT)
     drafter.begin("time", [5] * (CONTEXT + 1), GREEDY, CONTEXT)
     calls: dict[str | int, Callable[[], object]] = {
         "draft": lambda: drafter.propose([Ask("time", max(sizes), MAX_DEPTH)], {}),
+        "pass": lambda: drafter.view.forward([chain(slot, [5] * gamma, logits=True)]),
         **{size: partial(rank.forward, [chain(slot, [5] * size, logits=True)]) for size in (1, *sizes)},
     }
     spent: dict[str | int, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
+            calls[1]()  # so that each finds the caches as a step leaves them
             start = time.perf_counter()
             call()
             spent[name].append(1e3 * (time.perf_counter() - start))
@@ -174,7 +176,7 @@ def measure(rank: Rank, name: str, adapter: S3DAdapter, records: Sequence[Record
         options = S3DOptions(gamma=gamma, children=args.children)
         drafter = S3DDrafter(rank, adapter, options, max_len=rank.kv.capacity, slot_of=slots.__getitem__)
         sizes = [nodes for nodes in args.nodes if nodes >= gamma or nodes == max(args.nodes)]
-        took = times(rank, drafter, slots, [nodes + 1 for nodes in sizes], args.repeats)
+        took = times(rank, drafter, gamma, slots, [nodes + 1 for nodes in sizes], args.repeats)
         draft_ms, plain_ms = took["draft"], took[1]
         for nodes in sizes:
             tally = replay(rank, drafter, records, nodes, slots)
@@ -185,6 +187,7 @@ def measure(rank: Rank, name: str, adapter: S3DAdapter, records: Sequence[Record
                 "nodes": nodes,
                 "accepted_length": round(tally.length, 4),
                 "agreement": tally.agreement(gamma),
+                "pass_ms": round(took["pass"], 2),
                 "draft_ms": round(draft_ms, 2),
                 "plain_ms": round(plain_ms, 2),
                 "verify_ms": round(took[nodes + 1], 2),
@@ -193,8 +196,9 @@ def measure(rank: Rank, name: str, adapter: S3DAdapter, records: Sequence[Record
             }
             print(
                 f"{name:10}{shape.bottom:>3} + {shape.top} layers, gamma {gamma}, {nodes:>2} nodes:"
-                f" {tally.length:.3f} tokens a round, agreement {row['agreement']}, draft {draft_ms:.1f} ms"
-                f" ({draft_ms / plain_ms:.0%} of a plain step), forecast {row['forecast']:.2f} x plain,"
+                f" {tally.length:.3f} tokens a round, agreement {row['agreement']}, pass {took['pass']:.1f} ms"
+                f" ({took['pass'] / plain_ms:.0%} of a plain step, {draft_ms / plain_ms:.0%} with all around it),"
+                f" forecast {row['forecast']:.2f} x plain,"
                 f" memory +{row['extra_memory']:.1%}",
                 flush=True,
             )

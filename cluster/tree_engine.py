@@ -121,9 +121,9 @@ class TreeEngine:
             if not ended:
                 self._inbox.put(partial(self._drop, call))
 
-    def abort(self, request_id: str) -> bool:
+    def abort(self, request_id: str, call_id: str = "") -> bool:
         call = self._calls.get(request_id)
-        if call is None:
+        if call is None or call_id not in ("", call.request.call_id):
             return False
         self._inbox.put(partial(self._drop, call, Aborted(f"request {request_id} was aborted")))
         return True
@@ -176,9 +176,12 @@ class TreeEngine:
         with self._lock:
             if self._ended is not None or self._stopped:
                 raise EngineUnavailable(self._failure or "the engine is stopped")
-            if request_id in self._calls:
+            running = self._calls.get(request_id)
+            if running is not None and not call.request.replaces(running.request):
                 raise InvalidArgument("request_id", f"{request_id!r} is running already")
             self._calls[request_id] = call
+        if running is not None:  # its door lost it
+            self._inbox.put(partial(self._drop, running, Aborted(f"request {request_id} goes on in another call")))
 
     def _forget(self, call: _Call) -> None:
         """The request id may be used again; what the engine thread still does for it goes by the session's own id."""

@@ -45,6 +45,7 @@ SEED_LIMIT = 2**63  # vLLM's seeds are signed
 class _Call:
     """One request in flight, and vLLM's name of it."""
 
+    request: GenerateRequest
     name: str
     aborted: bool = False
 
@@ -98,7 +99,7 @@ class VllmEngine:
             yield session.closing_item()
             return
         outputs = self._start_request(request, session)
-        call = self._calls[request.request_id] = _Call(session.id)
+        call = self._calls[request.request_id] = _Call(request, session.id)
         deadline = None if request.timeout_s is None else asyncio.get_running_loop().time() + request.timeout_s
         try:
             await self._attach()
@@ -127,9 +128,9 @@ class VllmEngine:
                 del self._calls[request.request_id]
             await outputs.aclose()  # vLLM aborts what has not ended
 
-    def abort(self, request_id: str) -> bool:
+    def abort(self, request_id: str, call_id: str = "") -> bool:
         call = self._calls.get(request_id)
-        if call is None:
+        if call is None or call_id not in ("", call.request.call_id):
             return False
         call.aborted = True
         self._spawn(self._llm.abort(call.name))
@@ -185,8 +186,10 @@ class VllmEngine:
             raise InvalidArgument(
                 "speculation.stages", f"under vLLM all stages draft: allowed: {', '.join(self._stages) or 'none'}"
             )
-        if request.request_id in self._calls:
-            raise InvalidArgument("request_id", f"{request.request_id!r} is running already")
+        if (running := self._calls.get(request.request_id)) is not None:
+            if not request.replaces(running.request):
+                raise InvalidArgument("request_id", f"{request.request_id!r} is running already")
+            self.abort(request.request_id)  # its door lost it
         if request.epoch == 0 and len(self._calls) >= self._max_waiting:  # a replay was admitted once already
             raise Overloaded(f"{len(self._calls)} requests run or wait; allowed: {self._max_waiting}")
 

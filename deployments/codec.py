@@ -148,6 +148,7 @@ class Codec:
             cache_salt=asked.cache_salt,
             owner=owner_of(asked.authorization, asked.cache_salt),
             trace_parent=asked.trace_parent,
+            call_id=uuid.uuid4().hex,
         )
 
     async def _tokenize(self, asked: ClientRequest) -> tuple[int, ...]:

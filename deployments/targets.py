@@ -111,7 +111,7 @@ class Targets:
             if not ended:
                 # Cancelled, closed or too late. The abort covers a cancellation that Serve delivers late or never.
                 response.cancel()
-                self._spawn(self.abort(request.request_id))
+                self._spawn(self.abort(request.request_id, request.call_id))
 
     async def probe(self, timeout_s: float) -> None:
         """Return once a target answered. Raises ``EngineUnavailable`` where none did within ``timeout_s``."""
@@ -125,9 +125,9 @@ class Targets:
         except Exception as error:
             raise typed_error(error) from None
 
-    async def abort(self, request_id: str) -> bool:
-        """End a request wherever it runs. False where no target knew it."""
-        return any(await self._broadcast("abort", request_id))
+    async def abort(self, request_id: str, call_id: str = "") -> bool:
+        """End a request wherever it runs, of that call alone if one is given. False where no target knew it."""
+        return any(await self._broadcast("abort", request_id, call_id))
 
     async def loads(self) -> list[tuple[str, Load]]:
         """(replica name, load) of every target that answered."""

@@ -9,19 +9,27 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections import Counter
 from typing import Any
 
 import ray
 from ray import serve
-from ray._private.internal_api import get_state_from_address, node_stats
+from ray._private.internal_api import get_state_from_address, global_gc, node_stats
 
 from benchmarks.faults.deploy import DRAFTERS
 
+COLLECTING_S = 2.0
+
 
 def census() -> dict[str, Any]:
-    """Without this driver's own. ``references``: object references that workers own or hold, by the actor's class."""
+    """Without this driver's own. ``references``: object references that workers own or hold, by the actor's class.
+
+    Workers collect their garbage first: what cycles hold is not lost, and comes and goes between two full collections.
+    """
     ray.init(log_to_driver=False)
+    global_gc()
+    time.sleep(COLLECTING_S)
     state = get_state_from_address(ray.get_runtime_context().gcs_address)
     classes = {
         actor["ActorID"]: actor["ActorClassName"]

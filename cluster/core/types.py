@@ -128,6 +128,7 @@ class GenerateRequest:
     ``priority``: lower is served first, as in vLLM. ``cache_salt``: K/V is reused among requests of equal salt only.
     ``owner``: text that requests of one owner leave behind may draft for that owner's alone; "" is nobody.
     ``trace_parent``: the client's span, as W3C's ``traceparent`` header has it; "" where there is none.
+    ``call_id``: tells calls apart whose client uses a request id again; all attempts of one call share it.
     """
 
     request_id: str
@@ -141,6 +142,11 @@ class GenerateRequest:
     cache_salt: str = ""
     owner: str = ""
     trace_parent: str = ""
+    call_id: str = ""
+
+    def replaces(self, other: GenerateRequest) -> bool:
+        """Whether this is a later attempt of the same call."""
+        return (self.request_id, self.call_id) == (other.request_id, other.call_id) and self.epoch > other.epoch
 
     def __post_init__(self) -> None:
         _require(abs(self.priority) <= MAX_PRIORITY, "priority", f"{self.priority} is outside +-{MAX_PRIORITY}")
@@ -352,8 +358,8 @@ class Engine(Protocol):
         """
         ...
 
-    def abort(self, request_id: str) -> bool:
-        """End a session; its iterator raises ``Aborted``. False where no such session is known."""
+    def abort(self, request_id: str, call_id: str = "") -> bool:
+        """End a session; its iterator raises ``Aborted``. False where it is unknown, or of another call than given."""
         ...
 
     def info(self) -> ModelInfo: ...

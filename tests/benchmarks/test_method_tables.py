@@ -38,6 +38,7 @@ def test_the_committed_tables_are_those_of_the_results() -> None:
     [
         ("staged", ("rows", -1, "relative_weight_traffic"), ["staged", "staged_paper"]),
         ("accepted_length", ("rows", 0, "propose_us", "p95"), ["sssd"]),
+        ("accepted_length", ("rows", -1, "by_part", 0, 1), ["sssd_live"]),
         ("side_by_side", ("memory_mb", "sssd"), ["sssd_speed"]),
         ("swift", ("matchness", 0, "found"), ["swift", "swift_paper"]),
         ("swift", ("stream", "search_share"), ["swift_search", "swift_paper"]),

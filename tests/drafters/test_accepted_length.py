@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.accepted_length import Record, followed, main, read_records, reliability, replay, truncated
+from benchmarks.accepted_length import (
+    Record,
+    followed,
+    main,
+    measure_live,
+    read_records,
+    reliability,
+    replay,
+    truncated,
+)
 from cluster.core.token_tree import TokenTree
 from drafters.datastore import TEXT, Datastore, StoreHeader, join
 from drafters.options import SssdOptions
@@ -66,6 +75,17 @@ def test_the_command_reports_every_source_and_ends_in_json(tmp_path: Path, capsy
     seen = [(row["source"], row["store_tokens"], row["nodes"]) for row in result["rows"]]
     assert seen == [(s, n, k) for s, n in (("own", 0), ("both", 4), ("store", 7), ("both", 7)) for k in (2, 4)]
     assert set(result["rows"][0]["by_category"]) == {"math"}
+
+
+def test_an_empty_store_that_fills_is_of_use_to_later_records() -> None:
+    answers = [[5, 6, 7, 8, 9, 3, 4] * 200, [5, 6, 7, 8, 9, 3, 4] * 200] * 4
+    records = [Record("all", [100 + index, 5], answer[1:]) for index, answer in enumerate(answers)]
+    (row,) = measure_live(records, None, [8])
+    sizes = [size for size, _ in row["by_part"]]
+    assert sizes[0] == 0
+    assert sizes == sorted(sizes)
+    assert sizes[-1] > 4096
+    assert row["by_part"][-1][1] > row["by_part"][0][1]
 
 
 def test_reliability_sets_scores_beside_hits() -> None:

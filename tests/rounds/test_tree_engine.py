@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,43 @@ def test_an_abort_reaches_a_request_the_engine_thread_has_not_seen_yet(start: Ca
         with pytest.raises(Aborted):
             await young
         assert len(await busy) == 12
+        await rig.all_is_given_back()
+
+    run(work())
+
+
+def test_a_late_abort_of_a_call_leaves_the_next_one_of_the_same_id_alone(start: Callable[..., Rig]) -> None:
+    rig = start()
+
+    async def work() -> None:
+        rig.verifier.stepped = True
+        again = asyncio.create_task(rig.tokens(replace(ask("again"), call_id="second")))
+        await rig.wait_until(lambda: rig.scheduler.num_running == 1)
+        assert not rig.engine.abort("again", "first")
+        rig.verifier.release(10_000)
+        assert len(await again) == 12
+        await rig.all_is_given_back()
+
+    run(work())
+
+
+def test_an_attempt_takes_the_place_of_the_one_it_replays(start: Callable[..., Rig]) -> None:
+    rig = start()
+
+    async def work() -> None:
+        rig.verifier.stepped = True
+        first = replace(ask("replayed"), call_id="one")
+        lost = asyncio.create_task(rig.tokens(first))
+        await rig.wait_until(lambda: rig.scheduler.num_running == 1)
+        for other in (replace(first, call_id="two", epoch=1), first):
+            with pytest.raises(InvalidArgument, match="running already"):
+                await rig.tokens(other)
+        replay = asyncio.create_task(rig.tokens(replace(first, epoch=1)))
+        await asyncio.sleep(0)
+        rig.verifier.release(10_000)
+        with pytest.raises(Aborted, match="another call"):
+            await lost
+        assert len(await replay) == 12
         await rig.all_is_given_back()
 
     run(work())
