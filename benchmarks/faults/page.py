@@ -44,6 +44,8 @@ NOTES = """## What is behind it
 * The GCS comes back only where its state is on disk and something starts it again (`docs/deploy.md`).
 * The lying drafter is the real worker with a set-up hook (`benchmarks/faults/liar.py`), the partition a real one: the
   drafters' node is in a network namespace whose link goes down (as root only; left out elsewhere).
+* `python -m benchmarks.soak` runs 2,000 requests and more with deaths and leaving clients mixed in, and asks what stays
+  behind: memory, slots, sessions, leases, actors, references (`benchmarks/results/soak.json`: nothing).
 """
 
 
