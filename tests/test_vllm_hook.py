@@ -100,7 +100,7 @@ def test_another_version_of_vllm_is_refused_and_none_is_told(monkeypatch: pytest
     with pytest.raises(ConfigError, match=r"0\.33\.1.*0\.32"):
         check_version()
     monkeypatch.setattr(importlib.metadata, "version", lambda package: version("none"))
-    with pytest.raises(ConfigError, match=r"paceline\[vllm\]"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[vllm\]'"):
         check_version()
 
 

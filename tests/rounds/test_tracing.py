@@ -190,7 +190,7 @@ def test_off_is_the_default_and_makes_no_tracer() -> None:
 def test_tracing_without_the_library_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "cluster.rounds.tracing")
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(ConfigError, match=r"engine.tracing: .*opentelemetry.* pip install 'paceline\[tracing\]'"):
+    with pytest.raises(ConfigError, match=r"engine.tracing: .*opentelemetry.* pip install '\.\[tracing\]'"):
         round_tracer(EngineConfig(tracing=True))
 
 
