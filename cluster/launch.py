@@ -198,8 +198,7 @@ def launch_engine(config: ServiceConfig) -> TreeEngine:
 def launch_vllm(config: ServiceConfig) -> VllmEngine:
     """vLLM in a Target replica. Its own processes reach the drafters; this one only tells them where."""
     from cluster.vllm_engine import VllmEngine
-    from cluster.vllm_hook import LOCAL
 
     if not config.remote_stages:
-        return VllmEngine(config, LOCAL)
+        return VllmEngine(config)
     return VllmEngine(config, f"{ray.get_runtime_context().gcs_address}/{config.drafters_app}")

@@ -53,15 +53,16 @@ class _Call:
 class VllmEngine:
     """Implements ``cluster.core.types.Engine``. Requests run on the event loop that ``generate`` is called on."""
 
-    def __init__(self, config: ServiceConfig, drafters: str = LOCAL) -> None:
-        """``drafters``: as in ``vllm_hook``; not used where the configuration has no stages.
+    def __init__(self, config: ServiceConfig, drafters: str = "") -> None:
+        """``drafters``: where the configuration's remote stages are, HOST:PORT/APPLICATION.
 
         Returns once vLLM can serve; raises ``ConfigError`` for what it cannot.
         """
         version = check_version()
         folder = resolve_model(config.model.source, log.info)
         model = read_config(folder)
-        stages = config.remote_stages or ((config.local_drafter.name,) if config.local_drafter else ())
+        local = [config.local_drafter.name] if config.local_drafter else []
+        stages = tuple(dict.fromkeys([*local, *config.remote_stages]))
         args = engine_args(config, folder)
         self._speculates = args.get("speculative_config") is not None
         self._stages = stages if self._speculates else ()
@@ -75,7 +76,8 @@ class VllmEngine:
         self._attached = False
         self._closed = False
         if self._speculates:
-            os.environ[DRAFTERS] = drafters  # vLLM's processes inherit it
+            places = ([LOCAL] if local else []) + ([drafters] if config.remote_stages else [])
+            os.environ[DRAFTERS] = ",".join(places)  # vLLM's processes inherit it
         self._llm = _start(args, self._counters)
         max_model_len: int = self._llm.model_config.max_model_len
         self._limits = Limits(max_model_len, frozenset(eos_token_ids(folder)))
@@ -87,7 +89,7 @@ class VllmEngine:
             dtype=str(self._llm.model_config.dtype).removeprefix("torch."),
             kernels=f"vllm {version}",
             row_invariant=False,
-            stages=tuple(stages),
+            stages=stages,
             tokenizer_hash=tokenizer_hash(self._tokenizer.get_vocab()),
         )
 

@@ -1,11 +1,12 @@
 """Paceline's drafters inside stock vLLM: its ``custom_class`` proposer, and what else touches vLLM's internals.
 
-    PACELINE_DRAFTERS=127.0.0.1:6379/paceline-drafters vllm serve MODEL --speculative-config \\
+    PACELINE_DRAFTERS=local,127.0.0.1:6379/paceline-drafters vllm serve MODEL --speculative-config \\
         '{"method": "custom_class", "model": "cluster.vllm_hook.PacelineProposer", "num_speculative_tokens": 10}'
 
-``PACELINE_DRAFTERS`` names the GCS of a Ray cluster and an application of draft stages on it, or is ``local``: n-gram
-guesses in the worker itself. Where the cluster or its drafters are missing, vLLM decodes without guesses, and uses them
-once they are there. Guesses are verified as argmax chains, so output stays vLLM's own (docs/vllm.md).
+``PACELINE_DRAFTERS``: ``local``, n-gram guesses in the worker itself; the GCS of a Ray cluster and an application of
+draft stages on it; or both, of which the faster is used. Where the cluster or its drafters are missing, vLLM decodes
+without them, and uses them once they are there. Guesses are verified as argmax chains, so output stays vLLM's own
+(docs/vllm.md).
 
 The only file that knows vLLM's internals: a new version of it costs this file.
 """
@@ -30,7 +31,7 @@ import numpy.typing as npt
 from cluster.core.errors import ConfigError
 from cluster.core.types import EngineStats
 from cluster.rounds.buckets import Buckets
-from cluster.rounds.chain_drafter import ChainDrafter
+from cluster.rounds.chain_drafter import ChainDrafter, Source
 from cluster.rounds.meter import BETWEEN_TOKENS_S, FIRST_TOKEN_S, REQUEST_S
 from cluster.rounds.pipeline import Pipeline
 from cluster.rounds.rows import Row
@@ -58,8 +59,8 @@ class Model:
     max_model_len: int
 
 
-Connect = Callable[[Model, int], ChainDrafter]
-"""Raises where there is nothing to connect to yet. The number: guesses of one chain, at most."""
+Connect = Callable[[Model], Source]
+"""Raises where there is nothing to connect to yet."""
 
 
 class PacelineProposer:
@@ -73,9 +74,8 @@ class PacelineProposer:
         self._runner: Any = None
         self._drafter: ChainDrafter | None = None
         if _is_output_rank(vllm_config):
-            where = os.environ.get(DRAFTERS, LOCAL)
-            connect = _local if where == LOCAL else _remote(where)
-            threading.Thread(target=self._connect, args=(connect, facts), name="paceline", daemon=True).start()
+            local, remote = places(os.environ.get(DRAFTERS, LOCAL), self._max_drafts)
+            threading.Thread(target=self._connect, args=(local, remote, facts), name="paceline", daemon=True).start()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """The CPU runner calls it unasked; there is no model here."""
@@ -118,18 +118,14 @@ class PacelineProposer:
         extra = [(request.sampling_params.extra_args or {}) if request else {} for request in requests]
         return [min(self._max_drafts, int(args.get(EXTRA_ARG, self._max_drafts))) for args in extra]
 
-    def _connect(self, connect: Connect, model: Model) -> None:
-        """In the background, again and again: vLLM never waits for drafters."""
-        told = ""
-        while self._drafter is None:
-            try:
-                self._drafter = connect(model, self._max_drafts)
-                log.info("drafting with %s", os.environ.get(DRAFTERS, LOCAL))
-            except Exception as error:
-                if str(error) != told:
-                    told = str(error)
-                    log.warning("no drafters yet (%s): decoding without guesses", told)
-                time.sleep(RETRY_S)
+    def _connect(self, local: Connect | None, remote: Connect | None, model: Model) -> None:
+        """In the background: vLLM never waits for drafters."""
+        drafter = ChainDrafter(None if local is None else _connected(local, model))
+        if local is not None:
+            self._drafter = drafter
+        if remote is not None:
+            drafter.join(_connected(remote, model))
+            self._drafter = drafter
 
 
 class WorkerExtension:
@@ -182,27 +178,56 @@ def _is_output_rank(vllm_config: Any) -> bool:
     return bool(get_tensor_model_parallel_rank() == 0)
 
 
-def _local(model: Model, max_drafts: int) -> ChainDrafter:
-    from cluster.core.config import StageConfig
-    from cluster.engine.weights import resolve_model
-    from cluster.rounds.draft_worker import DraftWorker
-    from cluster.rounds.inline_transport import InlineTransport
-    from drafters import TargetFacts, create
+def places(where: str, max_drafts: int) -> tuple[Connect | None, Connect | None]:
+    """How to get at a local drafter and at remote stages. ``where``: as in ``PACELINE_DRAFTERS``; ``max_drafts``: of a
+    chain. Raises ``ConfigError`` for anything else."""
+    found: dict[bool, Connect] = {}
+    for place in where.split(","):
+        address, slash, app = place.strip().rpartition("/")
+        here = place.strip() == LOCAL
+        if here in found or not (here or (slash and address and app)):
+            raise ConfigError(
+                f"{DRAFTERS}: {where!r}; allowed: {LOCAL}, HOST:PORT/APPLICATION, or both with a comma between"
+            )
+        found[here] = _local(max_drafts) if here else _remote(address, app)
+    return found.get(True), found.get(False)
 
-    facts = TargetFacts(model.vocab_size, model.max_model_len, resolve_model(model.tokenizer), "bfloat16")
-    stage = StageConfig(name="small", drafter="sssd", max_sessions=MAX_ROWS)
-    transport = InlineTransport({stage.name: DraftWorker(stage.name, create(stage, target=facts))})
-    nodes = LOCAL_NODES_PER_DRAFT * max_drafts
-    return ChainDrafter(Pipeline(transport, [stage.name], model.vocab_size, nodes), nodes)
+
+def _connected(connect: Connect, model: Model) -> Source:
+    """Tries again and again."""
+    told = ""
+    while True:
+        try:
+            source = connect(model)
+        except Exception as error:
+            if str(error) != told:
+                told = str(error)
+                log.warning("no drafters yet (%s): decoding without their guesses", told)
+            time.sleep(RETRY_S)
+        else:
+            log.info("drafting with %s", ", ".join(source.pipeline.stages))
+            return source
 
 
-def _remote(where: str) -> Connect:
-    """Raises ``ConfigError`` where ``where`` is not an address and an application."""
-    address, slash, app = where.rpartition("/")
-    if not slash or not address or not app:
-        raise ConfigError(f"{DRAFTERS}: {where!r}; allowed: {LOCAL}, or HOST:PORT/APPLICATION")
+def _local(max_drafts: int) -> Connect:
+    def connect(model: Model) -> Source:
+        from cluster.core.config import StageConfig
+        from cluster.engine.weights import resolve_model
+        from cluster.rounds.draft_worker import DraftWorker
+        from cluster.rounds.inline_transport import InlineTransport
+        from drafters import TargetFacts, create
 
-    def connect(model: Model, max_drafts: int) -> ChainDrafter:
+        facts = TargetFacts(model.vocab_size, model.max_model_len, resolve_model(model.tokenizer), "bfloat16")
+        stage = StageConfig(name="small", drafter="sssd", max_sessions=MAX_ROWS)
+        transport = InlineTransport({stage.name: DraftWorker(stage.name, create(stage, target=facts))})
+        nodes = LOCAL_NODES_PER_DRAFT * max_drafts
+        return Source(Pipeline(transport, [stage.name], model.vocab_size, nodes), nodes)
+
+    return connect
+
+
+def _remote(address: str, app: str) -> Connect:
+    def connect(model: Model) -> Source:
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", GCS_PATIENCE_S)
         import ray
 
@@ -217,7 +242,7 @@ def _remote(where: str) -> Connect:
         vocab = load_tokenizer(resolve_model(model.tokenizer)).get_vocab()
         name = f"vllm-{uuid.uuid4().hex[:12]}"
         transport = RayDraftTransport(name, app, stages, tokenizer_hash(vocab), in_background=True)
-        return ChainDrafter(Pipeline(transport, stages, model.vocab_size, TREE_NODES, run_ahead=1), TREE_NODES)
+        return Source(Pipeline(transport, stages, model.vocab_size, TREE_NODES, run_ahead=1), TREE_NODES)
 
     return connect
 

@@ -84,7 +84,7 @@ def test_without_drafters_there_are_no_guesses(monkeypatch: pytest.MonkeyPatch) 
     assert lonely.report() is None
 
 
-@pytest.mark.parametrize("where", ["", "somewhere", "127.0.0.1:6379/", "/app"])
+@pytest.mark.parametrize("where", ["", "somewhere", "127.0.0.1:6379/", "/app", "local,local", "local,", "a:1/b,a:1/c"])
 def test_a_bad_place_of_drafters_is_refused_at_start(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     with pytest.raises(ConfigError, match="HOST:PORT/APPLICATION"):
         proposer(monkeypatch, "/no/such/model", where)

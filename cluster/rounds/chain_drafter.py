@@ -1,8 +1,9 @@
 """Guesses for an engine that verifies chains and asks for them in the middle of its step: nothing here may hold it up.
 
-The drafters' trees become chains. While the engine verifies one, they work on the text as it stood before, and send
-more nodes than a chain has: where the tokens that come walk into such a tree, the next chain is a look-up. Only where
-many rows have none in store does a step wait, and then for a share of its own time.
+The drafters' trees become chains. Those of a local drafter are made within the call. Remote stages work while the
+engine verifies, on the text as it stood before, and send more nodes than a chain has: where the tokens that come walk
+into such a tree, the next chain is a look-up. Only where many rows have none in store does a step wait, and then for a
+share of its own time. Where both are there, whichever is faster is used, and the local one fills in for missing trees.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import numpy as np
 
 from cluster.core.token_tree import TokenTree
 from cluster.rounds.calibration import Calibration, Offers, lay_out
+from cluster.rounds.modes import LOCAL, MIXED, PLAIN, REMOTE, ModeChooser
 from cluster.rounds.pipeline import Pipeline
+from cluster.rounds.remote_use import RemoteUse
 from cluster.rounds.rows import FORGET_AFTER_S, Row, RowText, RowTexts
 from cluster.rounds.step_times import ChainLengths, StepTimes
 
@@ -32,11 +35,23 @@ REMEMBERED_CALLS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class ChainReport:
-    """Totals since start: rows for which guesses were wanted, which of those had them in store when their tokens came
-    (``cached``), or had none in time (``missing``). ``seconds``: median time a step was held up, of late."""
+class Source:
+    """Stages that guess, and how many nodes they are asked for by row."""
 
+    pipeline: Pipeline
+    tree_nodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChainReport:
+    """Totals since start. ``stages``: what may guess, by where it is. ``wanted``: rows for which remote stages were
+    asked, which of those had guesses in store when their tokens came (``cached``), or had none in time (``missing``);
+    where there are no remote stages, a local drafter's. ``remote_steps``: that remote stages guessed for. ``seconds``:
+    median time a step was held up, of late."""
+
+    stages: dict[str, tuple[str, ...]]
     steps: int
+    remote_steps: int
     rows: int
     wanted: int
     cached: int
@@ -50,28 +65,33 @@ class ChainReport:
 
 @dataclass(frozen=True, slots=True)
 class _Lesson:
-    """A step that has ended. ``seconds`` None where they tell nothing; ``outcomes``: what came, by offered chain."""
+    """A step that has ended: ``mode``, its guesses' way; ``tokens``, what each row gained. ``seconds`` of the engine,
+    and ``total_s`` with the call before it, are None where they tell nothing; ``outcomes``: what came, by offered
+    chain."""
 
+    mode: str
     rows: int
     drafts: int
+    tokens: float
     seconds: float | None
+    total_s: float | None
     offers: Offers | None
     outcomes: list[list[int] | None]
 
 
 class ChainDrafter:
-    """Chains for the rows of a batch, from the stages of ``pipeline``. Called by one thread.
+    """Chains for the rows of a batch. Called by one thread.
 
     A thread of its own does what can wait while the engine computes: it learns from the step before, and forgets rows
     that have ended.
     """
 
-    def __init__(
-        self, pipeline: Pipeline, tree_nodes: int, clock: Callable[[], float] = time.monotonic, thread: bool = True
-    ) -> None:
-        """``tree_nodes``: asked for, by row. ``thread``: False leaves both to calls of ``learn`` and ``reap``."""
-        self._pipeline = pipeline
-        self._tree_nodes = tree_nodes
+    def __init__(self, local: Source | None, clock: Callable[[], float] = time.monotonic, thread: bool = True) -> None:
+        """``local``: guesses within the call. ``thread``: False leaves its work to calls of ``learn`` and ``reap``."""
+        self._local = local
+        self._remote: Source | None = None
+        self._remote_use: RemoteUse | None = None
+        self._modes = ModeChooser()
         self._clock = clock
         self._lock = threading.Lock()
         self._texts = RowTexts()
@@ -83,13 +103,24 @@ class ChainDrafter:
         self._bases: dict[str, int] = {}  # of the rows of the last step
         self._gain = 1.0  # guesses accepted, by row that had some, of late
         self._drafts = 0
-        self._ended_s = self._reaped_s = -math.inf
-        self._steps = self._rows = self._drafted = 0
+        self._begun_s = self._ended_s = self._reaped_s = -math.inf
+        self._steps = self._remote_steps = self._rows = self._drafted = 0
         self._waited_s = 0.0
         self._calls: deque[float] = deque(maxlen=REMEMBERED_CALLS)
         self._wake = threading.Event()
         if thread:
             threading.Thread(target=self._work, name="chain-drafter", daemon=True).start()
+
+    def join(self, remote: Source) -> None:
+        """From now on remote stages guess, too: where they are faster than a local drafter, always where there is none.
+        From any thread."""
+        usual = [PLAIN] if self._local is None else [LOCAL]
+        with self._lock:
+            self._remote = remote
+            always = self._local is None
+            self._remote_use = RemoteUse(self._modes, usual, remote.pipeline, self._clock, always=always)
+            for text in self._texts:
+                remote.pipeline.open(text, ())
 
     def propose(self, rows: Sequence[Row]) -> list[list[int]]:
         """Guesses for each row; none for most of them where that is faster."""
@@ -100,33 +131,37 @@ class ChainDrafter:
             self._look_back(rows, texts, any(new for _, new in followed), start)
             for text, new in followed:
                 if new and text is not None:
-                    self._pipeline.open(text, self._pipeline.stages)
+                    self._open(text)
             chains = self._chains(texts, len(rows))
             by_text = dict(zip((text.id for text in texts), chains))
             self._drafts = sum(map(len, chains))
             self._steps += 1
+            self._remote_steps += self._mode == REMOTE
             self._rows += len(texts)
             self._drafted += self._drafts
-            self._ended_s = self._clock()
+            self._begun_s, self._ended_s = start, self._clock()
             self._calls.append(self._ended_s - start)
             self._wake.set()
             return [by_text.get(text.id, []) if text is not None else [] for text, _ in followed]
 
     def report(self) -> ChainReport:
-        pipeline = self._pipeline
         with self._lock:
-            seconds = statistics.median(self._calls) if self._calls else 0.0
+            sources = self._sources
+            pipelines = [source.pipeline for source in sources.values()]
+            asked = pipelines[-1] if pipelines else None
             return ChainReport(
+                stages={where: source.pipeline.stages for where, source in sources.items()},
                 steps=self._steps,
+                remote_steps=self._remote_steps,
                 rows=self._rows,
-                wanted=pipeline.wanted,
-                cached=pipeline.cached,
-                missing=pipeline.missing,
+                wanted=asked.wanted if asked else 0,
+                cached=asked.cached if asked else 0,
+                missing=asked.missing if asked else 0,
                 drafted=self._drafted,
                 waited_s=self._waited_s,
-                seconds=seconds,
-                worker_pids=dict(pipeline.worker_pids),
-                deadline_misses=pipeline.misses,
+                seconds=statistics.median(self._calls) if self._calls else 0.0,
+                worker_pids={stage: pid for each in pipelines for stage, pid in each.worker_pids.items()},
+                deadline_misses={stage: misses for each in pipelines for stage, misses in each.misses.items()},
             )
 
     def reap(self) -> None:
@@ -134,34 +169,73 @@ class ChainDrafter:
         with self._lock:
             self._reaped_s = self._clock()
             for text in self._texts.forget(self._clock()):
-                self._pipeline.close(text.id)
+                for source in self._sources.values():
+                    source.pipeline.close(text.id)
                 self._calibration.forget(text.id)
 
     def learn(self) -> None:
         """From the steps that have ended since: what they took, and which guesses they bore out."""
         with self._lock:
             while self._lessons:
-                lesson = self._lessons.popleft()
-                if lesson.seconds is not None:
-                    self._times.observe(lesson.rows, lesson.drafts, lesson.seconds)
-                if lesson.offers is not None:
-                    self._calibration.observe(lesson.offers, lesson.outcomes)
-                    for outcome in filter(None, lesson.outcomes):
-                        self._gain += (1.0 - GAIN_MEMORY) * (len(outcome) - 1 - self._gain)
+                self._learn(self._lessons.popleft())
+
+    @property
+    def _sources(self) -> dict[str, Source]:
+        """By where they are; remote stages last."""
+        found = {LOCAL: self._local, REMOTE: self._remote}
+        return {where: source for where, source in found.items() if source is not None}
+
+    @property
+    def _mode(self) -> str:
+        if self._remote_use is not None:
+            return self._remote_use.mode
+        return LOCAL if self._local is not None else PLAIN
+
+    def _open(self, text: RowText) -> None:
+        if self._local is not None:
+            pipeline = self._local.pipeline
+            pipeline.open(text, pipeline.stages)
+            pipeline.ask([(text, pipeline.stages, 0)])  # its start; guesses can be asked for in the same call
+        if self._remote is not None:
+            self._remote.pipeline.open(text, ())  # workers are leased when they are worth it
+
+    def _learn(self, lesson: _Lesson) -> None:
+        if lesson.seconds is not None and lesson.total_s is not None:
+            if lesson.mode in (PLAIN, LOCAL) or self._local is None:
+                # Remote drafting slows steps down for reasons of its own: one yardstick for both ways.
+                self._times.observe(lesson.rows, lesson.drafts, lesson.seconds)
+            if self._times.known and lesson.mode != MIXED:
+                plain_s = self._times.seconds(lesson.rows, 0)
+                self._modes.observe(lesson.mode, lesson.tokens, lesson.total_s / plain_s)
+        if lesson.offers is not None:
+            self._calibration.observe(lesson.offers, lesson.outcomes)
+            for outcome in filter(None, lesson.outcomes):
+                self._gain += (1.0 - GAIN_MEMORY) * (len(outcome) - 1 - self._gain)
 
     def _look_back(self, rows: Sequence[Row], texts: Sequence[RowText], fresh: bool, now: float) -> None:
         """Note the step that has just ended. One that read prompts, or came after a pause, tells nothing of time."""
         emitted = {text.id: text.tokens[self._bases[text.id] :] for text in texts if text.id in self._bases}
-        steady = not fresh and len(rows) == len(texts) == len(self._bases) == len(emitted)
+        steady = not fresh and len(rows) == len(texts) == len(self._bases) == len(emitted) > 0
         outcomes = [emitted.get(name) for name in self._offers.names] if self._offers is not None else []
-        seconds = now - self._ended_s if steady else None
-        self._lessons.append(_Lesson(len(rows), self._drafts, seconds, self._offers, outcomes))
+        self._lessons.append(
+            _Lesson(
+                mode=self._mode,
+                rows=len(rows),
+                drafts=self._drafts,
+                tokens=sum(map(len, emitted.values())) / max(1, len(rows)),
+                seconds=now - self._ended_s if steady else None,
+                total_s=now - self._begun_s if steady else None,
+                offers=self._offers,
+                outcomes=outcomes,
+            )
+        )
         self._offers = None
         self._bases = {text.id: text.base for text in texts}
 
     def _chains(self, texts: Sequence[RowText], rows: int) -> list[list[int]]:
         """``rows``: of the step, also those that want no guesses."""
-        trees = self._trees(texts, rows)
+        remote = self._remote_trees(texts, rows)
+        trees = remote | self._local_trees([text for text in texts if text.id not in remote])
         best = {text.id: best_chain(trees[text.id], text.max_drafts) for text in texts if text.id in trees}
         offered = {name: chain for name, chain in best.items() if len(chain)}
         if not offered:
@@ -170,20 +244,32 @@ class ChainDrafter:
         scores = [path.tolist() for path in self._calibration.scores(self._offers)]
         lengths = dict(zip(offered, self._lengths.choose(rows, scores)))
         for name, length in lengths.items():
-            self._pipeline.verified(name, offered[name].take(np.arange(length)))
+            source = self._remote if name in remote else self._local
+            if source is not None:
+                source.pipeline.verified(name, offered[name].take(np.arange(length)))
         return [offered[t.id].tokens[: lengths[t.id]].tolist() if t.id in offered else [] for t in texts]
 
-    def _trees(self, texts: Sequence[RowText], rows: int) -> dict[str, TokenTree]:
-        pipeline, step_s = self._pipeline, self._times.seconds(rows, 0)
-        pipeline.ask([(text, pipeline.stages, self._tree_nodes) for text in texts])
+    def _local_trees(self, texts: Sequence[RowText]) -> dict[str, TokenTree]:
+        if self._local is None or not texts:
+            return {}
+        pipeline, nodes = self._local.pipeline, self._local.tree_nodes
+        pipeline.ask([(text, pipeline.stages, nodes) for text in texts])
+        return pipeline.collect(texts, 0.0)
+
+    def _remote_trees(self, texts: Sequence[RowText], rows: int) -> dict[str, TokenTree]:
+        """Of rows that have any in time: what was found below the tokens that came, or came while the step waited."""
+        if self._remote is None or self._remote_use is None or not texts:
+            return {}
+        pipeline, step_s = self._remote.pipeline, self._times.seconds(rows, 0)
+        self._remote_use.ask([(text, self._remote.tree_nodes) for text in texts])
         waiting = sum(pipeline.awaits(text.id, math.inf) for text in texts)
         start = self._clock()
-        patience = min(WAIT_SHARE, WAIT_PER_TOKEN * self._gain) * step_s * waiting / max(1, len(texts))
+        patience = min(WAIT_SHARE, WAIT_PER_TOKEN * self._gain) * step_s * waiting / len(texts)
         if pipeline.reply_s > patience:  # it would pass before most replies are there
             patience = 0.0
         trees = pipeline.collect(texts, patience, max(LATE_AFTER_STEPS * step_s, LATE_AFTER_MIN_S))
         self._waited_s += self._clock() - start
-        return trees
+        return {name: tree for name, tree in trees.items() if len(tree)}
 
     def _work(self) -> None:
         while True:  # vLLM tells nobody that it ends

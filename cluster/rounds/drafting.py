@@ -6,7 +6,6 @@ governor's choices.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -15,15 +14,13 @@ from cluster.core.token_tree import TokenTree
 from cluster.core.types import Commit
 from cluster.rounds.governor import Governor
 from cluster.rounds.guard import GuardedDrafter
-from cluster.rounds.modes import LOCAL, MIN_ROUNDS, MIXED, PLAIN, REMOTE
+from cluster.rounds.modes import LOCAL, PLAIN
 from cluster.rounds.pipeline import Pipeline
+from cluster.rounds.remote_use import RemoteUse
 from cluster.rounds.session import Session
 from drafters.base import Ask
 
 SPARE_NODES = 4  # asked for beyond twice what was verified of late
-WORTH_A_LEASE = 0.9  # of the fastest way's speed must remote stages reach for sessions to hold their workers
-EXPEDITION_GAP_S = 120.0  # else, and where nothing is known of them, this often ...
-EXPEDITION_S = 5.0  # ... sessions get workers for so long: following a session costs a drafter its prefill
 
 
 class Drafting:
@@ -37,8 +34,14 @@ class Drafting:
         pipeline: Pipeline | None,
         clock: Callable[[], float],
     ) -> None:
-        self._usual = [LOCAL, PLAIN] if local is not None else [PLAIN]  # what the engine can do by itself
-        self.mode = self._usual[0]
+        self._remote_use = RemoteUse(
+            governor.modes,
+            [LOCAL, PLAIN] if local is not None else [PLAIN],
+            pipeline,
+            clock,
+            always=governor.always,
+            named_only=config.remote_use == "named",
+        )
         self._config = config
         self._governor = governor
         self._local = local
@@ -46,8 +49,11 @@ class Drafting:
         self._asked: set[str] = set()  # sessions the local drafter was asked for in this round, by the gate's choice
         self._remote: set[str] = set()  # sessions whose guesses of this round the remote stages made
         self._nodes_of_late: dict[str, float] = {}
-        self._clock = clock
-        self._expedition_s = -math.inf
+
+    @property
+    def mode(self) -> str:
+        """How sessions that leave it to the engine get their next guesses."""
+        return self._remote_use.mode
 
     # --- sessions come and go
 
@@ -115,35 +121,10 @@ class Drafting:
         if self._local is not None:
             for session, commit in commits:
                 self._local.commit(session.id, commit.token_ids)
-        sessions = [session for session, _ in commits]
-        free = {session.id for session in sessions if engine_chooses(session) and self.cap(session) > 0}
-        reachable = self._pipeline is not None and (self._governor.always or self._pipeline.reachable(free))
-        if free:
-            self.mode = self._choose_mode(reachable)
-        if self._pipeline is not None:
-            under_way = self._ask_stages(self._pipeline, sessions, free, reachable)
-            if self.mode == REMOTE and not free <= under_way:
-                self.mode = MIXED if free & under_way else self._fallback()
-
-    def _ask_stages(self, pipeline: Pipeline, sessions: Sequence[Session], free: set[str], reachable: bool) -> set[str]:
-        """``free``: those whose stages are the engine's choice. Returns those for which trees are under way."""
-        if free and self._worth_leases():
-            for session_id in free:
-                pipeline.lease(session_id, pipeline.stages)
-        # Where every worker is left out, asking is for the probe, which alone gets through.
-        probing = not reachable and pipeline.broken
-        stages = pipeline.stages if self.mode == REMOTE or probing else ()
-        # Until the stages follow every session, they only catch up: a round that waits for some sessions' trees and not
-        # for others' would cost time and tell nothing.
-        together = self._governor.always or probing or pipeline.follows(free)
-        wishes: list[tuple[Session, Sequence[str], int]] = []
-        for session in sessions:
-            cap = self.cap(session)
-            if session.id in free:
-                wishes.append((session, stages, cap if together else 0))
-            elif cap > 0:
-                wishes.append((session, session.request.speculation.stages or (), cap))
-        return pipeline.ask(wishes)
+        drafted = [(session, cap) for session, _ in commits if (cap := self.cap(session)) > 0]
+        free = [(session, cap) for session, cap in drafted if engine_chooses(session)]
+        wishes = [(session, session.request.speculation.stages, cap) for session, cap in drafted]
+        self._remote_use.ask(free, [(session, stages, cap) for session, stages, cap in wishes if stages is not None])
 
     def cap(self, session: Session) -> int:
         """Nodes the session's tree may have."""
@@ -151,29 +132,6 @@ class Drafting:
         if not wish.enabled or session.max_depth <= 0:
             return 0
         return self._config.max_nodes if wish.max_nodes is None else min(wish.max_nodes, self._config.max_nodes)
-
-    def _choose_mode(self, reachable: bool) -> str:
-        """Where the sessions that leave it to the engine shall get their next guesses from."""
-        if self._governor.always:
-            return REMOTE if reachable else self._usual[0]
-        return self._governor.modes.choose([*self._usual, REMOTE] if reachable else self._usual)
-
-    def _worth_leases(self) -> bool:
-        """Whether sessions shall hold workers of the remote stages: they pay, or it is time to see if they would."""
-        modes, now = self._governor.modes, self._clock()
-        if self._governor.always:
-            return True
-        if self._config.remote_use == "named":
-            return False
-        fastest = max(map(modes.speed, modes.steps), default=0.0)
-        if modes.rounds[REMOTE] >= MIN_ROUNDS and modes.speed(REMOTE) >= WORTH_A_LEASE * fastest:
-            return True
-        if now - self._expedition_s > EXPEDITION_GAP_S:
-            self._expedition_s = now
-        return now - self._expedition_s < EXPEDITION_S
-
-    def _fallback(self) -> str:
-        return self._usual[0] if self._governor.always else self._governor.modes.best(self._usual)
 
     def _may_ask_local(self, session: Session) -> bool:
         """Whether the client named the local drafter's stage, or left the choice to the engine, which guesses now."""

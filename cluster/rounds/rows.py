@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,9 @@ class RowTexts:
 
     def __len__(self) -> int:
         return sum(map(len, self._by_mark.values()))
+
+    def __iter__(self) -> Iterator[RowText]:
+        return itertools.chain.from_iterable(self._by_mark.values())
 
     def follow(self, rows: Iterable[Row], now: float) -> list[tuple[RowText | None, bool]]:
         """Each row's text with the step's tokens added, and whether it is one not seen before.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from fakes import InProcessTransport, ScriptedDrafter
 
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import Origin
-from cluster.rounds.chain_drafter import ChainDrafter, best_chain
+from cluster.rounds.chain_drafter import ChainDrafter, Source, best_chain
 from cluster.rounds.draft_worker import DraftWorker
 from cluster.rounds.inline_transport import InlineTransport
 from cluster.rounds.pipeline import Pipeline
@@ -32,13 +34,14 @@ def count_on(tokens: list[int], ask: Ask) -> TokenTree:
 class Rig:
     """A chain drafter whose clock only moves when told to."""
 
-    def __init__(self, run_ahead: int = 0, inline: bool = True) -> None:
+    def __init__(self, run_ahead: int = 0, inline: bool = True, local: Source | None = None) -> None:
         self.now = 100.0
         self.drafter = ScriptedDrafter(count_on, vocab_size=VOCAB)
         workers = {"small": DraftWorker("small", self.drafter)}
         self.transport = InlineTransport(workers) if inline else InProcessTransport(workers)
         self.pipeline = Pipeline(self.transport, ["small"], VOCAB, 16, clock=lambda: self.now, run_ahead=run_ahead)
-        self.chains = ChainDrafter(self.pipeline, 16, clock=lambda: self.now, thread=False)
+        self.chains = ChainDrafter(local, clock=lambda: self.now, thread=False)
+        self.chains.join(Source(self.pipeline, 16))
 
     def step(self, *rows: Row, seconds: float = 0.02) -> list[list[int]]:
         self.now += seconds
@@ -115,6 +118,62 @@ def test_a_silent_stage_is_left_out_after_some_steps() -> None:
         tokens.append(1)
         rig.step(row(list(tokens), 1))
     assert rig.pipeline.stats()["small"].breakers_open
+
+
+def always_five(tokens: list[int], ask: Ask) -> TokenTree:
+    return TokenTree.chain([5] * min(ask.max_nodes, ask.max_depth), stage=Origin.SMALL)
+
+
+def local_source(guess: Callable[[list[int], Ask], TokenTree]) -> Source:
+    workers = {"small": DraftWorker("small", ScriptedDrafter(guess, vocab_size=VOCAB))}
+    return Source(Pipeline(InlineTransport(workers), ["small"], VOCAB, 16), 16)
+
+
+def count(rig: Rig, steps: int, seconds: float = 0.02) -> int:
+    """So many steps of a target whose every token is one more than the last. Returns how many tokens they yielded."""
+    tokens, chain = [40, 41], list[int]()
+    for _ in range(steps):
+        wanted = [(tokens[-1] + 1 + i) % VOCAB for i in range(len(chain) + 1)]
+        right = next((i for i, (a, b) in enumerate(zip(chain, wanted)) if a != b), len(chain))
+        tokens += wanted[: right + 1]
+        (chain,) = rig.step(row(list(tokens), right + 1), seconds=seconds)
+    return len(tokens) - 2
+
+
+def test_a_local_drafter_fills_in_while_remote_stages_are_silent() -> None:
+    rig = Rig(inline=False, local=local_source(count_on))
+    rig.transport.hung = {"small"}
+    assert count(rig, 300) > 1400
+    assert rig.chains.report().stages == {"local": ("small",), "remote": ("small",)}
+
+
+@pytest.mark.parametrize("remote_is_better", [True, False])
+def test_of_local_and_remote_guesses_the_better_are_used(remote_is_better: bool) -> None:
+    guesses = [always_five, count_on]
+    rig = Rig(local=local_source(guesses[not remote_is_better]))
+    rig.drafter.make = guesses[remote_is_better]
+    count(rig, 200)
+    before = rig.chains.report().remote_steps
+    assert before > 0
+    yielded = count(rig, 400)
+    share = (rig.chains.report().remote_steps - before) / 400
+    assert share > 0.9 if remote_is_better else share < 0.1
+    assert yielded > 1600
+
+
+def test_remote_stages_may_join_while_rows_run() -> None:
+    chains = ChainDrafter(local_source(always_five), clock=lambda: 0.0, thread=False)
+    assert chains.propose([row([5, 6, 7], 1)]) == [[5, 5, 5, 5]]
+    remote = local_source(count_on)
+    chains.join(remote)
+    assert remote.pipeline.num_sessions == 1
+    assert chains.propose([row([5, 6, 7, 8], 1)]) == [[5, 5, 5, 5]]
+
+
+def test_without_any_drafter_there_are_no_guesses() -> None:
+    chains = ChainDrafter(None, thread=False)
+    assert chains.propose([row([5, 6, 7], 1)]) == [[]]
+    assert chains.report().stages == {}
 
 
 def test_best_chain() -> None:

@@ -19,9 +19,9 @@ from cluster.engine.step_cost import CostCurve
 from cluster.engine.verifier import Prefill, StepTimes, Verifier, Verify
 from cluster.rounds.detokenize import TextStream
 from cluster.rounds.draft_worker import DraftWorker
-from cluster.rounds.drafting import EXPEDITION_GAP_S, EXPEDITION_S
 from cluster.rounds.modes import LOCAL, MIN_ROUNDS, PLAIN, REMOTE
 from cluster.rounds.pipeline import Pipeline
+from cluster.rounds.remote_use import EXPEDITION_GAP_S, EXPEDITION_S
 from cluster.rounds.scheduler import Scheduler
 from cluster.rounds.session import Limits, Session
 from drafters.base import Ask, Drafter
@@ -267,14 +267,15 @@ def test_leases_are_opened_only_where_remote_stages_may_pay(rank: Rank) -> None:
     rig = Rig(rank, local, Pipeline(transport, ("small",), VOCAB, 16), governor="auto", draft_deadline_min_ms=100)
     rig.submit([3], tokens=250)
     rig.run()
-    rig.scheduler._drafting._expedition_s -= EXPEDITION_S  # the one that began with the first session is over
+    remote_use = rig.scheduler._drafting._remote_use
+    remote_use._expedition_s -= EXPEDITION_S  # the one that began with the first session is over
     assert rig.scheduler.governor.modes.rounds[REMOTE] >= MIN_ROUNDS
     calls = transport.calls
     late = rig.submit([5], tokens=50)
     rig.scheduler.step()
     rig.scheduler.step()
     assert transport.worker(late.id, "small") is None
-    rig.scheduler._drafting._expedition_s -= EXPEDITION_GAP_S
+    remote_use._expedition_s -= EXPEDITION_GAP_S
     rig.scheduler.step()
     assert transport.worker(late.id, "small") is not None
     rig.run()

@@ -12,7 +12,6 @@ from typing import Any
 from cluster.core.config import ServiceConfig, parse_config
 from cluster.core.types import GenerateRequest, SamplingParams, StreamItem
 from cluster.vllm_engine import VllmEngine
-from cluster.vllm_hook import LOCAL
 
 CALL_LIMIT_S = 240
 
@@ -20,7 +19,7 @@ CALL_LIMIT_S = 240
 class Engine:
     """Eager, so that it starts in seconds; ``engine_args`` and other keys as in ``ServiceConfig``."""
 
-    def __init__(self, source: str, dtype: str, drafters: str = LOCAL, **config: Any) -> None:
+    def __init__(self, source: str, dtype: str, drafters: str = "", **config: Any) -> None:
         args = {"enforce_eager": True, "seed": 0, **config.pop("engine_args", {})}
         engine = {"max_model_len": 512, "kv_slots": 8, "max_waiting": 8}
         fields = {

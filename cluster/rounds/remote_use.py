@@ -1,0 +1,97 @@
+"""Whether remote stages are leased and asked: as far as rounds with their guesses turn out to be the fastest.
+
+Every engine that can reach draft workers decides it here, whatever else it has: a drafter of its own, or none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from cluster.rounds.modes import MIN_ROUNDS, MIXED, REMOTE, ModeChooser
+from cluster.rounds.pipeline import Pipeline
+from cluster.rounds.session_drafts import Drafted
+
+WORTH_A_LEASE = 0.9  # of the fastest way's speed must remote stages reach for sessions to hold their workers
+EXPEDITION_GAP_S = 120.0  # else, and where nothing is known of them, this often ...
+EXPEDITION_S = 5.0  # ... sessions get workers for so long: following a session costs a drafter its prefill
+
+
+class RemoteUse:
+    """Which way the next round's guesses come, and the asking of the stages of ``pipeline``. Engine thread only."""
+
+    def __init__(
+        self,
+        modes: ModeChooser,
+        usual: Sequence[str],
+        pipeline: Pipeline | None,
+        clock: Callable[[], float],
+        always: bool = False,
+        named_only: bool = False,
+    ) -> None:
+        """``usual``: what the engine can do by itself, the likely best first. ``always``: ask whoever can be reached,
+        fast or not. ``named_only``: no session gets workers that did not name their stage."""
+        self.mode = usual[0]
+        self._modes = modes
+        self._usual = list(usual)
+        self._pipeline = pipeline
+        self._clock = clock
+        self._always = always
+        self._named_only = named_only
+        self._expedition_s = -math.inf
+
+    def ask(
+        self, free: Sequence[tuple[Drafted, int]], named: Sequence[tuple[Drafted, Sequence[str], int]] = ()
+    ) -> None:
+        """``free``: sessions whose way is chosen here, and how many nodes each may have; ``named``: those whose client
+        chose their stages. Afterwards ``mode`` is how the free ones will get their guesses."""
+        names = {session.id for session, _ in free}
+        reachable = self._pipeline is not None and (self._always or self._pipeline.reachable(names))
+        if free:
+            self.mode = self._choose(reachable)
+        if self._pipeline is not None:
+            under_way = self._ask(self._pipeline, free, named, reachable)
+            if self.mode == REMOTE and not names <= under_way:
+                self.mode = MIXED if names & under_way else self._fallback()
+
+    def _ask(
+        self,
+        pipeline: Pipeline,
+        free: Sequence[tuple[Drafted, int]],
+        named: Sequence[tuple[Drafted, Sequence[str], int]],
+        reachable: bool,
+    ) -> set[str]:
+        """Returns the ids of those for which trees are under way."""
+        names = {session.id for session, _ in free}
+        if free and self._worth_leases():
+            for session_id in names:
+                pipeline.lease(session_id, pipeline.stages)
+        # Where every worker is left out, asking is for the probe, which alone gets through.
+        probing = not reachable and pipeline.broken
+        stages = pipeline.stages if self.mode == REMOTE or probing else ()
+        # Until the stages follow every session, they only catch up: a round that waits for some sessions' trees and not
+        # for others' would cost time and tell nothing.
+        together = self._always or probing or pipeline.follows(names)
+        return pipeline.ask([*((session, stages, nodes if together else 0) for session, nodes in free), *named])
+
+    def _choose(self, reachable: bool) -> str:
+        if self._always:
+            return REMOTE if reachable else self._usual[0]
+        return self._modes.choose([*self._usual, REMOTE] if reachable else self._usual)
+
+    def _fallback(self) -> str:
+        return self._usual[0] if self._always else self._modes.best(self._usual)
+
+    def _worth_leases(self) -> bool:
+        """Whether sessions shall hold workers of the remote stages: they pay, or it is time to see if they would."""
+        modes, now = self._modes, self._clock()
+        if self._always:
+            return True
+        if self._named_only:
+            return False
+        fastest = max(map(modes.speed, modes.steps), default=0.0)
+        if modes.rounds[REMOTE] >= MIN_ROUNDS and modes.speed(REMOTE) >= WORTH_A_LEASE * fastest:
+            return True
+        if now - self._expedition_s > EXPEDITION_GAP_S:
+            self._expedition_s = now
+        return now - self._expedition_s < EXPEDITION_S
