@@ -65,6 +65,10 @@ class EngineConfig(_Config):
         default="auto",
         description="auto: remote stages are tried, and used where they pay; named: only for requests that name them",
     )
+    session_groups: Literal["auto", "one", "two"] = Field(
+        default="auto",
+        description="two: remote stages draft for half of the sessions while others are verified; auto: where faster",
+    )
     stream_interval_ms: float = Field(
         default=0.0, ge=0.0, description="least time between two items of a stream; 0: an item per step"
     )
@@ -86,6 +90,7 @@ class EngineConfig(_Config):
     emulated_step_ms: float = Field(
         default=0.0, ge=0.0, description="for experiments: added to every step, as if the target were larger"
     )
+    emulated_row_ms: float = Field(default=0.0, ge=0.0, description="for experiments: added for every row of a step")
 
     @model_validator(mode="after")
     def _a_row_for_every_session(self) -> EngineConfig:

@@ -297,7 +297,7 @@ class StageStats:
 class GovernorReport:
     """What the governor chooses, and why.
 
-    mode: where guesses come from: plain, local or remote. speeds: tokens per session and plain step in each mode, of
+    mode: a name of ``cluster.rounds.modes``. speeds: tokens per session and plain step in each mode, of
     late. rows: decoding rows of a step (roots and nodes) -> how many steps had so many. expected_tokens_per_s: of the
     steps chosen, by the cost curve and calibrated scores; measured_tokens_per_s: what they yielded; both of late.
     drift: by which factor the cost curve's shape, as service shows it, has left the one measured at start. nodes: of a

@@ -60,12 +60,14 @@ class StepTimes:
 class Verifier:
     """Runs steps over a rank. Touches torch; owned by the engine thread.
 
-    ``pause_s`` is added to every forward pass: experiments emulate a larger target by it.
+    ``pause_s`` is added to every forward pass, and ``row_pause_s`` for each of its rows: experiments emulate a larger
+    target by them.
     """
 
-    def __init__(self, rank: Rank, pause_s: float = 0.0) -> None:
+    def __init__(self, rank: Rank, pause_s: float = 0.0, row_pause_s: float = 0.0) -> None:
         self.rank = rank
         self._pause_s = pause_s
+        self._row_pause_s = row_pause_s
         noise_native.library()  # compiled now rather than within a round
 
     def step(
@@ -80,8 +82,8 @@ class Verifier:
         batch = [_tree_rows(work) for work in verifies] + [_chain_rows(work) for work in prefills]
         features = self._features(verifies)
         rows = self.rank.forward(batch, features=features).numpy()
-        if self._pause_s:
-            time.sleep(self._pause_s)
+        if self._pause_s or self._row_pause_s:
+            time.sleep(self._pause_s + self._row_pause_s * sum(len(part.tokens) for part in batch))
         forwarded = time.perf_counter()
         for chunk in prefills:
             self.rank.kv.commit(chunk.slot, range(len(chunk.token_ids)))

@@ -14,13 +14,14 @@ from cluster.core.token_tree import TokenTree
 from cluster.core.types import Commit
 from cluster.rounds.governor import Governor
 from cluster.rounds.guard import GuardedDrafter
-from cluster.rounds.modes import LOCAL, PLAIN
+from cluster.rounds.modes import ALTERNATING, LOCAL, PLAIN, alternation_pays
 from cluster.rounds.pipeline import Pipeline
 from cluster.rounds.remote_use import RemoteUse
 from cluster.rounds.session import Session
 from drafters.base import Ask
 
 SPARE_NODES = 4  # asked for beyond twice what was verified of late
+NODES_RATE = 0.05  # weight of the newest tree in how large those of remote stages are
 
 
 class Drafting:
@@ -49,6 +50,11 @@ class Drafting:
         self._asked: set[str] = set()  # sessions the local drafter was asked for in this round, by the gate's choice
         self._remote: set[str] = set()  # sessions whose guesses of this round the remote stages made
         self._nodes_of_late: dict[str, float] = {}
+        self._remote_nodes = 0.0  # of one session's tree, of late, where remote stages made it
+        self._round = 0
+        self._last_round: dict[str, int] = {}  # that a session was in
+        self._two_groups = False
+        self.sitting_out = 0  # sessions that are ready, but not of the group whose turn it is
 
     @property
     def mode(self) -> str:
@@ -76,19 +82,25 @@ class Drafting:
             self._pipeline.close(session.id)
         self._governor.forget(session.id)
         self._nodes_of_late.pop(session.id, None)
+        self._last_round.pop(session.id, None)
 
     # --- the round
 
     def ready(self, decoding: Sequence[Session], busy: bool) -> list[Session]:
-        """Those to be in the next step. Who waits for stages that its client named does not hold the others up.
+        """Those to be in the next step. Who waits for stages that its client named does not hold the others up; where
+        two groups take turns, it is the half that was not in a step for longest.
 
         busy: whether the step has prompts to read, so that nobody else need be in it.
         """
-        if self._pipeline is None or self._governor.always:
-            return list(decoding)
-        pipeline, patience = self._pipeline, self._deadline(max(1, len(decoding)), None)
-        now = [s for s in decoding if not s.request.speculation.stages or not pipeline.awaits(s.id, patience)]
-        return now if now or busy else list(decoding)
+        now = self._free_to_go(decoding, busy)
+        self._two_groups = self._may_alternate(len(now))
+        group = now
+        if self.mode == ALTERNATING and self._two_groups:
+            group = sorted(now, key=lambda session: self._last_round.get(session.id, 0))[: (len(now) + 1) // 2]
+        self.sitting_out = len(now) - len(group)
+        self._round += 1
+        self._last_round |= dict.fromkeys((session.id for session in group), self._round)
+        return group
 
     def guess(self, sessions: Sequence[Session], context: float) -> list[TokenTree]:
         """One tree per session, within its own limits: the remote stages' where it came in time, else a local guess."""
@@ -109,8 +121,9 @@ class Drafting:
     def verified(self, session: Session, tree: TokenTree, accepted: int, price: float) -> None:
         """Of a session's guesses ``tree`` was verified, and so much accepted; ``price``: tokens that its rows cost."""
         nodes = len(tree)
-        if nodes and self._pipeline is not None and session.id in self._remote:
+        if self._pipeline is not None and session.id in self._remote:
             self._pipeline.verified(session.id, tree)
+            self._remote_nodes += NODES_RATE * (nodes - self._remote_nodes)
         if session.id in self._asked:
             self._governor.gate.observe(session.id, accepted - price)
             late = self._nodes_of_late.get(session.id, float(self._config.max_nodes))
@@ -124,7 +137,8 @@ class Drafting:
         drafted = [(session, cap) for session, _ in commits if (cap := self.cap(session)) > 0]
         free = [(session, cap) for session, cap in drafted if engine_chooses(session)]
         wishes = [(session, session.request.speculation.stages, cap) for session, cap in drafted]
-        self._remote_use.ask(free, [(session, stages, cap) for session, stages, cap in wishes if stages is not None])
+        named = [(session, stages, cap) for session, stages, cap in wishes if stages is not None]
+        self._remote_use.ask(free, named, self._two_groups)
 
     def cap(self, session: Session) -> int:
         """Nodes the session's tree may have."""
@@ -132,6 +146,22 @@ class Drafting:
         if not wish.enabled or session.max_depth <= 0:
             return 0
         return self._config.max_nodes if wish.max_nodes is None else min(wish.max_nodes, self._config.max_nodes)
+
+    def _free_to_go(self, decoding: Sequence[Session], busy: bool) -> list[Session]:
+        """All but those that wait for their own stages' trees."""
+        if self._pipeline is None or self._governor.always:
+            return list(decoding)
+        pipeline, patience = self._pipeline, self._deadline(max(1, len(decoding)), None)
+        now = [s for s in decoding if not s.request.speculation.stages or not pipeline.awaits(s.id, patience)]
+        return now if now or busy else list(decoding)
+
+    def _may_alternate(self, sessions: int) -> bool:
+        """Whether two groups of so many sessions are a way: by configuration, or by what a step and a draft take."""
+        if self._pipeline is None or sessions < 2 or self._config.session_groups != "auto":
+            return sessions > 1 and self._config.session_groups == "two"
+        cost, width = self._governor.cost, 1.0 + self._remote_nodes
+        whole, half = (cost.at(round(count * width)) + cost.overhead for count in (sessions, (sessions + 1) // 2))
+        return alternation_pays(self._pipeline.reply_s, whole, half)
 
     def _may_ask_local(self, session: Session) -> bool:
         """Whether the client named the local drafter's stage, or left the choice to the engine, which guesses now."""

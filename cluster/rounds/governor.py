@@ -78,12 +78,14 @@ def best_nodes(tree: TokenTree, path: Float64Array, count: int) -> tuple[TokenTr
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A step's rows: one root of each decoding session, nodes, prompt tokens. ``context``: mean length behind them."""
+    """A step's rows: one root of each decoding session, nodes, prompt tokens. ``context``: mean length behind them.
+    ``sitting_out``: sessions that decode as well, but whose turn comes with the next step."""
 
     sessions: int
     nodes: int
     prompt_rows: int
     context: float
+    sitting_out: int = 0
 
     @property
     def rows(self) -> int:
@@ -183,8 +185,9 @@ class Governor:
             self._recent = RECENT * self._recent + (self._expected, expected_s, tokens, spent.total)
             if mode != MIXED:
                 # By the curve as it was measured: corrections follow what the mode in use does, and would favour it.
-                plain_s = self.cost.curve.at(shape.sessions, context) + self.cost.overhead
-                self.modes.observe(mode, tokens / shape.sessions, spent.total / plain_s)
+                sessions = shape.sessions + shape.sitting_out
+                plain_s = self.cost.curve.at(sessions, context) + self.cost.overhead
+                self.modes.observe(mode, tokens / sessions, spent.total / plain_s)
         if not shape.prompt_rows:  # prompts' rows want no logits: a step with them is none of the curve's
             self.cost.observe(shape.rows, context, spent.forward, spent.total - spent.forward - spent.draft)
             if (

@@ -10,12 +10,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-PLAIN, LOCAL, REMOTE, MIXED = "plain", "local", "remote", "mixed"
-"""Mixed rounds, in which only some sessions' stages were ready, are measured for none."""
+PLAIN, LOCAL, REMOTE, ALTERNATING, MIXED = "plain", "local", "remote", "alternating", "mixed"
+"""Alternating: remote stages draft for half of the sessions while the others are verified. Mixed rounds, in which only
+some sessions' stages were ready, are measured for none."""
+
+FROM_STAGES = (REMOTE, ALTERNATING)
 
 HYSTERESIS = 1.05  # another mode must be faster than the one in use by this factor
 PLAIN_HANDICAP = 0.93  # the usual way comes down to plain decoding by itself where guesses do not pay
 MIN_ROUNDS = 6  # measured rounds before a mode's speed counts ...
+ALTERNATION_GAIN = 1.05  # two groups must promise to be so much faster than one, to be tried
 USUAL_ROUNDS = 64  # ... and before the usual one's does, which learns in its first rounds what guesses are worth
 LOOK_GAP = 48  # rounds between two looks at modes not in use, at least
 LOOK_ROUNDS = 4  # how long a look is; its first round only brings the drafters up to date
@@ -92,3 +96,14 @@ class ModeChooser:
     def speed(self, mode: str) -> float:
         """Tokens per session and plain step of late; 0 where the mode was never measured."""
         return self.tokens.get(mode, 0.0) / self.steps[mode] if self.steps.get(mode) else 0.0
+
+
+def alternation_pays(draft_s: float, whole_s: float, half_s: float) -> bool:
+    """Whether two groups of sessions in turn should be faster than all in one step.
+
+    ``draft_s``: from an ask to its trees. ``whole_s``, ``half_s``: of a step with all sessions, and with half of them.
+    In one group a round is drafted, then verified. Of two, one is drafted for while the other is verified: a round of
+    both lasts two half steps, or drafting and a half step where that is longer. Weights are read twice for it, so this
+    is for steps bound by arithmetic.
+    """
+    return ALTERNATION_GAIN * max(2.0 * half_s, draft_s + half_s) < draft_s + whole_s

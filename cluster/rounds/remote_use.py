@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from cluster.rounds.modes import MIN_ROUNDS, MIXED, REMOTE, ModeChooser
+from cluster.rounds.modes import ALTERNATING, FROM_STAGES, MIN_ROUNDS, MIXED, REMOTE, ModeChooser
 from cluster.rounds.pipeline import Pipeline
 from cluster.rounds.session_drafts import Drafted
 
@@ -41,17 +41,21 @@ class RemoteUse:
         self._expedition_s = -math.inf
 
     def ask(
-        self, free: Sequence[tuple[Drafted, int]], named: Sequence[tuple[Drafted, Sequence[str], int]] = ()
+        self,
+        free: Sequence[tuple[Drafted, int]],
+        named: Sequence[tuple[Drafted, Sequence[str], int]] = (),
+        two_groups: bool = False,
     ) -> None:
         """``free``: sessions whose way is chosen here, and how many nodes each may have; ``named``: those whose client
-        chose their stages. Afterwards ``mode`` is how the free ones will get their guesses."""
+        chose their stages. ``two_groups``: whether alternating is a way. Afterwards ``mode`` is how the free ones will
+        get their guesses."""
         names = {session.id for session, _ in free}
         reachable = self._pipeline is not None and (self._always or self._pipeline.reachable(names))
         if free:
-            self.mode = self._choose(reachable)
+            self.mode = self._choose(reachable, two_groups)
         if self._pipeline is not None:
             under_way = self._ask(self._pipeline, free, named, reachable)
-            if self.mode == REMOTE and not names <= under_way:
+            if self.mode in FROM_STAGES and not names <= under_way:
                 self.mode = MIXED if names & under_way else self._fallback()
 
     def _ask(
@@ -68,16 +72,18 @@ class RemoteUse:
                 pipeline.lease(session_id, pipeline.stages)
         # Where every worker is left out, asking is for the probe, which alone gets through.
         probing = not reachable and pipeline.broken
-        stages = pipeline.stages if self.mode == REMOTE or probing else ()
+        stages = pipeline.stages if self.mode in FROM_STAGES or probing else ()
         # Until the stages follow every session, they only catch up: a round that waits for some sessions' trees and not
         # for others' would cost time and tell nothing.
         together = self._always or probing or pipeline.follows(names)
         return pipeline.ask([*((session, stages, nodes if together else 0) for session, nodes in free), *named])
 
-    def _choose(self, reachable: bool) -> str:
+    def _choose(self, reachable: bool, two_groups: bool) -> str:
+        if not reachable:
+            return self._usual[0] if self._always else self._modes.choose(self._usual)
         if self._always:
-            return REMOTE if reachable else self._usual[0]
-        return self._modes.choose([*self._usual, REMOTE] if reachable else self._usual)
+            return ALTERNATING if two_groups else REMOTE
+        return self._modes.choose([*self._usual, *(FROM_STAGES if two_groups else (REMOTE,))])
 
     def _fallback(self) -> str:
         return self._usual[0] if self._always else self._modes.best(self._usual)
@@ -90,7 +96,8 @@ class RemoteUse:
         if self._named_only:
             return False
         fastest = max(map(modes.speed, modes.steps), default=0.0)
-        if modes.rounds[REMOTE] >= MIN_ROUNDS and modes.speed(REMOTE) >= WORTH_A_LEASE * fastest:
+        remote = max(map(modes.speed, FROM_STAGES))
+        if modes.rounds[REMOTE] >= MIN_ROUNDS and remote >= WORTH_A_LEASE * fastest:
             return True
         if now - self._expedition_s > EXPEDITION_GAP_S:
             self._expedition_s = now

@@ -176,7 +176,8 @@ class Scheduler:
         chunks = self._prefill_chunks(min(room, self._config.max_rows - tree_rows))
         prompt_rows = sum(len(tokens) for _, tokens in chunks)
         verifies = [_verify(session, tree) for session, tree in zip(decoding, trees)]
-        shape = Shape(len(decoding), tree_rows - len(decoding), prompt_rows, context)
+        nodes = tree_rows - len(decoding)
+        shape = Shape(len(decoding), nodes, prompt_rows, context, self._drafting.sitting_out)
         prefills = []
         for session, tokens in chunks:
             self._prefilled[session.id] += len(tokens)

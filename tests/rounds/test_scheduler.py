@@ -19,7 +19,8 @@ from cluster.engine.step_cost import CostCurve
 from cluster.engine.verifier import Prefill, StepTimes, Verifier, Verify
 from cluster.rounds.detokenize import TextStream
 from cluster.rounds.draft_worker import DraftWorker
-from cluster.rounds.modes import LOCAL, MIN_ROUNDS, PLAIN, REMOTE
+from cluster.rounds.governor import Governor, RoundSpent, Shape
+from cluster.rounds.modes import ALTERNATING, LOCAL, MIN_ROUNDS, PLAIN, REMOTE, alternation_pays
 from cluster.rounds.pipeline import Pipeline
 from cluster.rounds.remote_use import EXPEDITION_GAP_S, EXPEDITION_S
 from cluster.rounds.scheduler import Scheduler
@@ -296,6 +297,64 @@ def test_remote_stages_can_be_kept_for_requests_that_name_them(rank: Rank) -> No
     rig.run()
     transport.join()
     assert transport.calls > 0
+
+
+def test_two_groups_of_sessions_take_turns_and_say_what_one_group_says(rank: Rank) -> None:
+    prompts = [(10 + at, 3, 4) for at in range(5)]
+    plain = Rig(rank)
+    wanted = [plain.submit(prompt, tokens=40) for prompt in prompts]
+    plain.run()
+    truth = {prompt: session.tokens[3:] for prompt, session in zip(prompts, wanted)}
+    workers = {"small": DraftWorker("small", ScriptedDrafter(oracle(truth)))}
+    pipeline = Pipeline(InProcessTransport(workers), ("small",), VOCAB, 16)
+    rig = Rig(rank, None, pipeline, session_groups="two", max_nodes=3, draft_deadline_min_ms=200)
+    found = [rig.submit(prompt, tokens=40) for prompt in prompts]
+    while not any(rig.scheduler._drafting.mode == ALTERNATING for _ in rig.scheduler.step()):
+        pass
+    gains: list[set[int]] = []
+    for _ in range(4):
+        before = [session.num_output for session in found]
+        rig.scheduler.step()
+        gains.append({at for at, session in enumerate(found) if session.num_output > before[at]})
+    assert gains[0] | gains[1] == gains[2] | gains[3] == set(range(5))
+    assert max(map(len, gains)) == 3
+    assert max(session.num_output - early for session, early in zip(found, before)) > 1
+    rig.run()
+    assert [session.tokens for session in found] == [session.tokens for session in wanted]
+    assert pipeline.num_sessions == 0
+
+
+@pytest.mark.parametrize(
+    ("draft_s", "whole_s", "half_s", "pays"),
+    [(0.02, 0.04, 0.02, True), (0.02, 0.04, 0.04, False), (0.0, 0.04, 0.02, False), (0.2, 0.04, 0.03, False)],
+)
+def test_two_groups_pay_where_steps_are_bound_by_arithmetic(
+    draft_s: float, whole_s: float, half_s: float, pays: bool
+) -> None:
+    assert alternation_pays(draft_s, whole_s, half_s) is pays
+
+
+def test_two_groups_are_tried_only_where_they_may_pay(rank: Rank) -> None:
+    pipeline = Pipeline(InProcessTransport({}), ("small",), VOCAB, 16)
+    pipeline.reply_s = 4.0
+    for curve, groups, found in (
+        (CostCurve((1, 64), (1.0, 64.0)), "auto", True),
+        (CostCurve((1, 64), (1.0, 64.0)), "one", False),
+        (FLAT, "auto", False),
+        (FLAT, "two", True),
+    ):
+        rig = Rig(rank, None, pipeline, curve=curve, session_groups=groups, governor="auto")
+        assert rig.scheduler._drafting._may_alternate(8) is found
+        assert rig.scheduler._drafting._may_alternate(1) is False
+
+
+def test_a_modes_speed_counts_the_sessions_that_sit_a_step_out() -> None:
+    governor = Governor(EngineConfig(), FLAT)
+    spent = RoundSpent(0.0, 1.0, 0.0, 1.0)
+    for _ in range(3):
+        governor.observe(ALTERNATING, Shape(4, 8, 0, 10.0, sitting_out=4), 12, spent)
+        governor.observe(ALTERNATING, Shape(4, 8, 0, 10.0, sitting_out=4), 12, spent)
+    assert governor.modes.speed(ALTERNATING) == pytest.approx(1.5, rel=0.05)
 
 
 @pytest.mark.parametrize(
