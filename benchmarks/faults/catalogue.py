@@ -58,6 +58,12 @@ def worker_hung(stage: str) -> Strike:
     return strike
 
 
+def all_hung(rig: Rig) -> float:
+    with frozen(rig.pid("small")), frozen(rig.pid("medium")):
+        time.sleep(HANG_S)
+    return wait_until(rig.drafts("medium"), LIMIT_S, "trees of the medium worker are verified again")
+
+
 def worker_stuck(stage: str) -> Strike:
     def strike(rig: Rig) -> float:
         victim = rig.pid(stage)
@@ -186,6 +192,26 @@ FAULTS: tuple[Fault, ...] = (
         10.0,
         f"pause: {NO_WAIT}. Recovery: a probe a second",
         Layout(smalls=2),
+    ),
+    Fault(
+        "governed_medium_killed",
+        "medium drafter's worker: kill -9, under `governor: auto`",
+        "rounds go on as is fastest without it; Ray restarts the worker",
+        worker_killed("medium"),
+        5.0,
+        40.0,
+        f"pause: {NO_WAIT}. Recovery: {NEW_WORKER}",
+        Layout(governed=True),
+    ),
+    Fault(
+        "governed_all_hung",
+        f"every draft worker: SIGSTOP for {HANG_S:g} s, under `governor: auto`",
+        "their breakers open, rounds go on without trees; probes close them",
+        all_hung,
+        5.0,
+        20.0,
+        f"pause: {NO_WAIT}. Recovery: a probe a second, then the governor looks at what they are worth",
+        Layout(governed=True),
     ),
     Fault(
         "drafters_cut_off",

@@ -25,6 +25,7 @@ READY_LIMIT_S = 300.0
 CALL_LIMIT_S = 10.0
 STAGES = ("small", "medium")
 STEP_MS = 10.0
+SLOW_STEP_MS = 40.0  # where drafters must be worth their while
 DEADLINE_MS = 500.0
 """How long a round waits for trees at most: ``EngineConfig.draft_deadline_max_ms``."""
 KV_SLOTS = 8
@@ -33,13 +34,15 @@ HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What a trial's service consists of. ``drafters_apart``: on a host of their own, behind a network link."""
+    """What a trial's service consists of. ``drafters_apart``: on a host of their own, behind a network link.
+    ``governed``: drafters are asked only while that is faster, not always."""
 
     targets: int = 1
     ranks: int = 1
     smalls: int = 1
     drafters_apart: bool = False
     liar: bool = False
+    governed: bool = False
 
 
 def service_arguments(layout: Layout, model: dict[str, Any]) -> dict[str, Any]:
@@ -51,8 +54,8 @@ def service_arguments(layout: Layout, model: dict[str, Any]) -> dict[str, Any]:
             "max_model_len": 256,
             "kv_slots": KV_SLOTS,
             "max_nodes": 8,
-            "governor": "always",
-            "emulated_step_ms": STEP_MS,
+            "governor": "auto" if layout.governed else "always",
+            "emulated_step_ms": SLOW_STEP_MS if layout.governed else STEP_MS,
             "draft_deadline_steps": 100.0,
             "draft_deadline_max_ms": DEADLINE_MS,
         },
