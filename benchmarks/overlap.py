@@ -28,6 +28,7 @@ from cluster.assemble import Target, build_scheduler, load_target
 from cluster.core.config import EngineConfig
 from cluster.rounds.pipeline import Pipeline
 
+DEADLINE_MS = 1000.0  # every round waits for its trees: rounds without one would be another comparison
 DRAFTERS_APP = "overlap-drafters"
 STAGES: dict[str, dict[str, Any]] = {
     "small": {"name": "small", "drafter": "sssd"},
@@ -37,9 +38,15 @@ STAGES: dict[str, dict[str, Any]] = {
 
 def main(argv: list[str] | None = None) -> int:
     own = parse_args(argv)
-    flags = [f"--model={own.model}", f"--prompts={own.prompts}", f"--limit={own.limit}"]
+    flags = [
+        f"--model={own.model}",
+        f"--prompts={own.prompts}",
+        f"--limit={own.limit}",
+        f"--concurrency={own.concurrency}",
+    ]
     args = offline.parse_args([*flags, f"--max-tokens={own.max_tokens}", "--drafters=sssd", "--governor=always"])
-    base = offline.engine_config(args).model_copy(update={"max_nodes": own.max_nodes})
+    waits = {"draft_deadline_min_ms": DEADLINE_MS, "draft_deadline_max_ms": DEADLINE_MS}
+    base = offline.engine_config(args).model_copy(update={"max_nodes": own.max_nodes, **waits})
     target = load_target(offline.model_config(args), base, report=lambda line: print(line, file=sys.stderr))
     results = []
     overlapping: dict[str, Any] = {"session_groups": "two"}
@@ -164,7 +171,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--delays", type=float, nargs="+", default=[10.0, 25.0, 50.0], help="ms added to a step")
     parser.add_argument("--stages", nargs="+", default=["small"], choices=list(STAGES), help="in chain order")
-    parser.add_argument("--row-ms", type=float, default=0.0, help="added for each row of a step")
+    parser.add_argument("--row-ms", type=float, default=0.0, help="added for each root and node of a step")
     parser.add_argument("--by", choices=("run_ahead", "groups"), default="run_ahead", help="what drafting overlaps by")
     parser.add_argument("--concurrency", type=int, default=1, help="prompts at once; more than 1 for groups")
     parser.add_argument("--max-nodes", type=int, default=12)

@@ -90,7 +90,9 @@ class EngineConfig(_Config):
     emulated_step_ms: float = Field(
         default=0.0, ge=0.0, description="for experiments: added to every step, as if the target were larger"
     )
-    emulated_row_ms: float = Field(default=0.0, ge=0.0, description="for experiments: added for every row of a step")
+    emulated_row_ms: float = Field(
+        default=0.0, ge=0.0, description="for experiments: added for each root and node of a step"
+    )
 
     @model_validator(mode="after")
     def _a_row_for_every_session(self) -> EngineConfig:

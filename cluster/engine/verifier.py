@@ -60,7 +60,7 @@ class StepTimes:
 class Verifier:
     """Runs steps over a rank. Touches torch; owned by the engine thread.
 
-    ``pause_s`` is added to every forward pass, and ``row_pause_s`` for each of its rows: experiments emulate a larger
+    ``pause_s`` is added to every forward pass, and ``row_pause_s`` for each root and node: experiments emulate a larger
     target by them.
     """
 
@@ -83,7 +83,7 @@ class Verifier:
         features = self._features(verifies)
         rows = self.rank.forward(batch, features=features).numpy()
         if self._pause_s or self._row_pause_s:
-            time.sleep(self._pause_s + self._row_pause_s * sum(len(part.tokens) for part in batch))
+            time.sleep(self._pause_s + self._row_pause_s * sum(len(work.tree) + 1 for work in verifies))
         forwarded = time.perf_counter()
         for chunk in prefills:
             self.rank.kv.commit(chunk.slot, range(len(chunk.token_ids)))
