@@ -142,8 +142,9 @@ def build_scheduler(
             local_stage = local_stage.model_copy(update={"max_sessions": engine.kv_slots})
         facts = TargetFacts(target.info.vocab_size, target.info.max_model_len, target.folder, target.model.dtype)
         local = create(local_stage, target=facts, rank=target.rank, slot_of=slots.__getitem__)
-    verifier = Verifier(target.rank, engine.emulated_step_ms / 1e3, engine.emulated_row_ms / 1e3)
-    scheduler = Scheduler(engine, verifier, target.curve, local, pipeline, slots, tracer=tracer)
+    pauses = engine.emulated_step_ms / 1e3, engine.emulated_row_ms / 1e3
+    verifier, curve = Verifier(target.rank, *pauses), target.curve.slower(*pauses)
+    scheduler = Scheduler(engine, verifier, curve, local, pipeline, slots, tracer=tracer)
     scheduler.governor.on_drift = partial(forget_curve, target.curve_file)
     return scheduler
 

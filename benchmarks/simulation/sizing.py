@@ -14,6 +14,7 @@ from benchmarks.simulation.replay import replay
 from benchmarks.simulation.results import figures
 from cluster.core.config import parse_config
 from cluster.core.errors import ConfigError
+from cluster.rounds.modes import FROM_STAGES
 
 BASE = Path(__file__).with_name("llama70b_tp4.yaml")
 BASE_NAME = "benchmarks/simulation/llama70b_tp4.yaml"
@@ -202,7 +203,7 @@ def _speed(cells: Cells, row: int, name: str, against: str) -> str:
 
 def _pool(cell: Mapping[str, Any]) -> str:
     stage, modes = next(iter(cell["stages"].values())), cell["rounds_by_mode"]
-    used = modes.get("remote", 0) / max(1, sum(modes.values()))
+    used = sum(modes.get(mode, 0) for mode in FROM_STAGES) / max(1, sum(modes.values()))
     return f"{stage['busy']:.0%} · {used:.0%} · {stage['from_cache']:.0%}"
 
 

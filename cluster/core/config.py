@@ -67,7 +67,8 @@ class EngineConfig(_Config):
     )
     session_groups: Literal["auto", "one", "two"] = Field(
         default="auto",
-        description="two: remote stages draft for half of the sessions while others are verified; auto: where faster",
+        description="two: remote stages may draft for half of the sessions while others are verified; one: for all;"
+        " auto: two where they promise to be faster",
     )
     stream_interval_ms: float = Field(
         default=0.0, ge=0.0, description="least time between two items of a stream; 0: an item per step"

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -52,6 +52,10 @@ class CostCurve:
         if self.slopes and context is not None:
             seconds += (context - self.context) * float(np.interp(rows, self.rows, self.slopes))
         return seconds
+
+    def slower(self, step_s: float, row_s: float) -> CostCurve:
+        """This curve with so many seconds added to each step, and for each of its rows."""
+        return replace(self, seconds=tuple(s + step_s + row_s * rows for rows, s in zip(self.rows, self.seconds)))
 
 
 def measure_steps(rank: Rank, max_rows: int) -> CostCurve:

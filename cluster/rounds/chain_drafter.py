@@ -100,7 +100,8 @@ class ChainDrafter:
         self._lengths = ChainLengths(self._times)
         self._offers: Offers | None = None
         self._lessons: deque[_Lesson] = deque(maxlen=8)
-        self._bases: dict[str, int] = {}  # of the rows of the last step
+        self._last_rows = 0
+        self._bases: dict[str, int] = {}  # of the last step's rows that want guesses
         self._gain = 1.0  # guesses accepted, by row that had some, of late
         self._drafts = 0
         self._begun_s = self._ended_s = self._reaped_s = -math.inf
@@ -215,14 +216,15 @@ class ChainDrafter:
     def _look_back(self, rows: Sequence[Row], texts: Sequence[RowText], fresh: bool, now: float) -> None:
         """Note the step that has just ended. One that read prompts, or came after a pause, tells nothing of time."""
         emitted = {text.id: text.tokens[self._bases[text.id] :] for text in texts if text.id in self._bases}
-        steady = not fresh and len(rows) == len(texts) == len(self._bases) == len(emitted) > 0
+        alike = len(rows) == self._last_rows and len(texts) == len(self._bases) == len(emitted) > 0
+        steady = alike and not fresh and all(row.new for row in rows)
         outcomes = [emitted.get(name) for name in self._offers.names] if self._offers is not None else []
         self._lessons.append(
             _Lesson(
                 mode=self._mode,
                 rows=len(rows),
                 drafts=self._drafts,
-                tokens=sum(map(len, emitted.values())) / max(1, len(rows)),
+                tokens=sum(row.new for row in rows) / max(1, len(rows)),
                 seconds=now - self._ended_s if steady else None,
                 total_s=now - self._begun_s if steady else None,
                 offers=self._offers,
@@ -230,6 +232,7 @@ class ChainDrafter:
             )
         )
         self._offers = None
+        self._last_rows = len(rows)
         self._bases = {text.id: text.base for text in texts}
 
     def _chains(self, texts: Sequence[RowText], rows: int) -> list[list[int]]:

@@ -14,7 +14,7 @@ from cluster.core.token_tree import TokenTree
 from cluster.core.types import Commit
 from cluster.rounds.governor import Governor
 from cluster.rounds.guard import GuardedDrafter
-from cluster.rounds.modes import ALTERNATING, LOCAL, PLAIN, alternation_pays
+from cluster.rounds.modes import ALTERNATING, LOCAL, MIXED, PLAIN, alternation_pays
 from cluster.rounds.pipeline import Pipeline
 from cluster.rounds.remote_use import RemoteUse
 from cluster.rounds.session import Session
@@ -61,6 +61,11 @@ class Drafting:
         """How sessions that leave it to the engine get their next guesses."""
         return self._remote_use.mode
 
+    @property
+    def round_mode(self) -> str:
+        """How those of the round under way got theirs: one in which nobody sits out is no turn of two groups."""
+        return MIXED if self.mode == ALTERNATING and not self.sitting_out else self.mode
+
     # --- sessions come and go
 
     def begin(self, session: Session) -> None:
@@ -93,10 +98,11 @@ class Drafting:
         busy: whether the step has prompts to read, so that nobody else need be in it.
         """
         now = self._free_to_go(decoding, busy)
-        self._two_groups = self._may_alternate(len(now))
+        self._two_groups = all(engine_chooses(s) and self.cap(s) for s in now) and self._may_alternate(len(now))
         group = now
         if self.mode == ALTERNATING and self._two_groups:
-            group = sorted(now, key=lambda session: self._last_round.get(session.id, 0))[: (len(now) + 1) // 2]
+            rested = [session for session in now if self._last_round.get(session.id, 0) < self._round] or now
+            group = sorted(rested, key=lambda s: self._last_round.get(s.id, 0))[: (len(now) + 1) // 2]
         self.sitting_out = len(now) - len(group)
         self._round += 1
         self._last_round |= dict.fromkeys((session.id for session in group), self._round)
@@ -107,7 +113,7 @@ class Drafting:
         self._asked = set()
         found: dict[str, TokenTree] = {}
         if self._pipeline is not None and sessions:
-            found = self._pipeline.collect(sessions, self._deadline(len(sessions), context))
+            found = self._pipeline.collect(sessions, self._deadline(len(sessions) + self.sitting_out, context))
         self._remote = set(found)
         caps = {session.id: self.cap(session) for session in sessions}
         if self._local is not None:

@@ -36,6 +36,7 @@ class ModeChooser:
     tokens: dict[str, float] = field(default_factory=dict)
     steps: dict[str, float] = field(default_factory=dict)
     rounds: Counter[str] = field(default_factory=Counter)
+    offered: Sequence[str] = ()
     in_use: str = ""
     last: str = ""
     looking_at: str = ""
@@ -48,7 +49,7 @@ class ModeChooser:
     def observe(self, mode: str, tokens: float, steps: float) -> None:
         """A round in ``mode`` yielded ``tokens`` per session and took as long as ``steps`` plain steps."""
         steps = min(steps, INTERRUPTED)
-        fastest = max(self.steps, key=self.speed, default=mode)
+        fastest = max((name for name in self.offered if self.steps.get(name)), key=self.speed, default=mode)
         self.spent = RECENT * self.spent + steps
         self.lost *= RECENT
         if mode != fastest and self.speed(fastest) > 0.0:
@@ -61,6 +62,7 @@ class ModeChooser:
 
     def choose(self, modes: Sequence[str]) -> str:
         """The best of ``modes``, or another that is due for a look."""
+        self.offered = modes
         best = self.best(modes)
         if self.rounds[best] >= MIN_ROUNDS:
             self.in_use = best

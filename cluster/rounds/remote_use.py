@@ -54,7 +54,7 @@ class RemoteUse:
         if free:
             self.mode = self._choose(reachable, two_groups)
         if self._pipeline is not None:
-            under_way = self._ask(self._pipeline, free, named, reachable)
+            under_way = self._ask(self._pipeline, free, named, reachable, two_groups)
             if self.mode in FROM_STAGES and not names <= under_way:
                 self.mode = MIXED if names & under_way else self._fallback()
 
@@ -64,10 +64,11 @@ class RemoteUse:
         free: Sequence[tuple[Drafted, int]],
         named: Sequence[tuple[Drafted, Sequence[str], int]],
         reachable: bool,
+        two_groups: bool,
     ) -> set[str]:
         """Returns the ids of those for which trees are under way."""
         names = {session.id for session, _ in free}
-        if free and self._worth_leases():
+        if free and self._worth_leases(FROM_STAGES if two_groups else (REMOTE,)):
             for session_id in names:
                 pipeline.lease(session_id, pipeline.stages)
         # Where every worker is left out, asking is for the probe, which alone gets through.
@@ -88,15 +89,16 @@ class RemoteUse:
     def _fallback(self) -> str:
         return self._usual[0] if self._always else self._modes.best(self._usual)
 
-    def _worth_leases(self) -> bool:
-        """Whether sessions shall hold workers of the remote stages: they pay, or it is time to see if they would."""
+    def _worth_leases(self, ways: Sequence[str]) -> bool:
+        """Whether sessions shall hold workers of the remote stages: they pay, or it is time to see if they would.
+        ``ways``: in which they may be used now."""
         modes, now = self._modes, self._clock()
         if self._always:
             return True
         if self._named_only:
             return False
-        fastest = max(map(modes.speed, modes.steps), default=0.0)
-        remote = max(map(modes.speed, FROM_STAGES))
+        remote = max(map(modes.speed, ways))
+        fastest = max(remote, *map(modes.speed, self._usual))
         if modes.rounds[REMOTE] >= MIN_ROUNDS and remote >= WORTH_A_LEASE * fastest:
             return True
         if now - self._expedition_s > EXPEDITION_GAP_S:

@@ -162,9 +162,10 @@ class Scheduler:
         self._admit()
         if not self._running:
             return []
-        start, mode = time.perf_counter(), self._drafting.mode
+        start = time.perf_counter()
         decoding = [session for session in self._running if session.phase is Phase.DECODE]
         decoding = self._drafting.ready(decoding, self.unread > 0)
+        mode = self._drafting.round_mode
         context = _mean([session.base for session in decoding or self._running])
         guesses = self._drafting.guess(decoding, context)
         share = min(self.unread, self._config.max_rows // 2)

@@ -129,14 +129,16 @@ def local_source(guess: Callable[[list[int], Ask], TokenTree]) -> Source:
     return Source(Pipeline(InlineTransport(workers), ["small"], VOCAB, 16), 16)
 
 
-def count(rig: Rig, steps: int, seconds: float = 0.02) -> int:
-    """So many steps of a target whose every token is one more than the last. Returns how many tokens they yielded."""
+def count(rig: Rig, steps: int, seconds: float = 0.02, beside: bool = False) -> int:
+    """So many steps of a target whose every token is one more than the last. Returns how many tokens they yielded.
+    ``beside``: another row wants no guesses."""
     tokens, chain = [40, 41], list[int]()
-    for _ in range(steps):
+    for at in range(steps):
         wanted = [(tokens[-1] + 1 + i) % VOCAB for i in range(len(chain) + 1)]
         right = next((i for i, (a, b) in enumerate(zip(chain, wanted)) if a != b), len(chain))
         tokens += wanted[: right + 1]
-        (chain,) = rig.step(row(list(tokens), right + 1), seconds=seconds)
+        others = [row([7] * (at + 2), 1, max_drafts=0)] if beside else []
+        chain, *_ = rig.step(row(list(tokens), right + 1), *others, seconds=seconds)
     return len(tokens) - 2
 
 
@@ -159,6 +161,12 @@ def test_of_local_and_remote_guesses_the_better_are_used(remote_is_better: bool)
     share = (rig.chains.report().remote_steps - before) / 400
     assert share > 0.9 if remote_is_better else share < 0.1
     assert yielded > 1600
+
+
+def test_a_row_that_wants_no_guesses_does_not_keep_the_others_from_the_better_way() -> None:
+    rig = Rig(local=local_source(always_five))
+    count(rig, 400, beside=True)
+    assert rig.chains.report().remote_steps > 200
 
 
 def test_remote_stages_may_join_while_rows_run() -> None:

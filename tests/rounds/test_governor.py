@@ -155,6 +155,15 @@ def test_a_mode_that_became_faster_is_found() -> None:
     assert used[-500:].count("remote") > 400
 
 
+def test_a_mode_that_is_no_way_any_more_keeps_nobody_from_looking_at_the_others() -> None:
+    chooser = ModeChooser()
+    steps = {"local": 1.0, "remote": 3.0, "alternating": 0.5}
+    run(chooser, 2000, steps, ("local", "remote", "alternating"))
+    assert chooser.in_use == "alternating"
+    used = run(chooser, 3000, steps | {"remote": 0.7})
+    assert used[-500:].count("remote") > 400
+
+
 def test_a_mode_that_is_hardly_better_is_not_worth_a_change() -> None:
     chooser = ModeChooser()
     used = run(chooser, 500, {"local": 1.0, "remote": 0.97})
