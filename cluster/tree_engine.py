@@ -121,9 +121,9 @@ class TreeEngine:
             if not ended:
                 self._inbox.put(partial(self._drop, call))
 
-    def abort(self, request_id: str, call_id: str = "") -> bool:
+    def abort(self, request_id: str, call_id: str = "", epoch: int | None = None) -> bool:
         call = self._calls.get(request_id)
-        if call is None or call_id not in ("", call.request.call_id):
+        if call is None or not call.request.meant(call_id, epoch):
             return False
         self._inbox.put(partial(self._drop, call, Aborted(f"request {request_id} was aborted")))
         return True

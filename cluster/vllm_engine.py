@@ -130,9 +130,9 @@ class VllmEngine:
                 del self._calls[request.request_id]
             await outputs.aclose()  # vLLM aborts what has not ended
 
-    def abort(self, request_id: str, call_id: str = "") -> bool:
+    def abort(self, request_id: str, call_id: str = "", epoch: int | None = None) -> bool:
         call = self._calls.get(request_id)
-        if call is None or call_id not in ("", call.request.call_id):
+        if call is None or not call.request.meant(call_id, epoch):
             return False
         call.aborted = True
         self._spawn(self._llm.abort(call.name))

@@ -39,8 +39,8 @@ class Target:
             async for item in items:
                 yield item
 
-    async def abort(self, request_id: str, call_id: str = "") -> bool:
-        return self._engine.abort(request_id, call_id)
+    async def abort(self, request_id: str, call_id: str = "", epoch: int | None = None) -> bool:
+        return self._engine.abort(request_id, call_id, epoch)
 
     async def info(self) -> ModelInfo:
         """Raises ``EngineUnavailable`` where the engine cannot serve: an answer means "send me work"."""

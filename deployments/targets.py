@@ -105,13 +105,16 @@ class Targets:
                 ended = True
                 raise EngineFailed("the target's stream ended without a finish reason")
         except Exception as error:
-            ended = True
-            raise typed_error(error) from None
+            found = typed_error(error)
+            # Out of reach is not dead: left alone, such a target would write to the end for nobody.
+            ended = not isinstance(found, EngineUnavailable)
+            raise found from None
         finally:
             if not ended:
-                # Cancelled, closed or too late. The abort covers a cancellation that Serve delivers late or never.
+                # Cancelled, closed, too late or lost. The abort covers a cancellation that Serve delivers late or
+                # never; a later attempt, which may have begun by then, is not meant.
                 response.cancel()
-                self._spawn(self.abort(request.request_id, request.call_id))
+                self._spawn(self.abort(request.request_id, request.call_id, request.epoch))
 
     async def probe(self, timeout_s: float) -> None:
         """Return once a target answered. Raises ``EngineUnavailable`` where none did within ``timeout_s``."""
@@ -125,9 +128,9 @@ class Targets:
         except Exception as error:
             raise typed_error(error) from None
 
-    async def abort(self, request_id: str, call_id: str = "") -> bool:
-        """End a request wherever it runs, of that call alone if one is given. False where no target knew it."""
-        return any(await self._broadcast("abort", request_id, call_id))
+    async def abort(self, request_id: str, call_id: str = "", epoch: int | None = None) -> bool:
+        """End a request wherever it runs; see ``Engine.abort``. False where no target knew it."""
+        return any(await self._broadcast("abort", request_id, call_id, epoch))
 
     async def loads(self) -> list[tuple[str, Load]]:
         """(replica name, load) of every target that answered."""

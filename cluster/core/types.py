@@ -148,6 +148,10 @@ class GenerateRequest:
         """Whether this is a later attempt of the same call."""
         return (self.request_id, self.call_id) == (other.request_id, other.call_id) and self.epoch > other.epoch
 
+    def meant(self, call_id: str, epoch: int | None) -> bool:
+        """Whether an abort of this request id is for this attempt: see ``Engine.abort``."""
+        return call_id in ("", self.call_id) and (epoch is None or self.epoch <= epoch)
+
     def __post_init__(self) -> None:
         _require(abs(self.priority) <= MAX_PRIORITY, "priority", f"{self.priority} is outside +-{MAX_PRIORITY}")
 
@@ -358,8 +362,9 @@ class Engine(Protocol):
         """
         ...
 
-    def abort(self, request_id: str, call_id: str = "") -> bool:
-        """End a session; its iterator raises ``Aborted``. False where it is unknown, or of another call than given."""
+    def abort(self, request_id: str, call_id: str = "", epoch: int | None = None) -> bool:
+        """End a session; its iterator raises ``Aborted``. False where it is unknown, of another call than ``call_id``,
+        or a later attempt than ``epoch``, where these are given."""
         ...
 
     def info(self) -> ModelInfo: ...

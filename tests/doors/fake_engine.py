@@ -129,7 +129,7 @@ class FakeEngine:
             )
             position += len(tokens)
 
-    def abort(self, request_id: str, call_id: str = "") -> bool:
+    def abort(self, request_id: str, call_id: str = "", epoch: int | None = None) -> bool:
         if request_id not in self._aborts:
             return False
         self._aborts[request_id].set()

@@ -129,14 +129,15 @@ def test_an_abort_reaches_a_request_the_engine_thread_has_not_seen_yet(start: Ca
     run(work())
 
 
-def test_a_late_abort_of_a_call_leaves_the_next_one_of_the_same_id_alone(start: Callable[..., Rig]) -> None:
+def test_a_late_abort_leaves_the_next_call_of_the_same_id_and_a_later_attempt_alone(start: Callable[..., Rig]) -> None:
     rig = start()
 
     async def work() -> None:
         rig.verifier.stepped = True
-        again = asyncio.create_task(rig.tokens(replace(ask("again"), call_id="second")))
+        again = asyncio.create_task(rig.tokens(replace(ask("again"), call_id="second", epoch=1)))
         await rig.wait_until(lambda: rig.scheduler.num_running == 1)
         assert not rig.engine.abort("again", "first")
+        assert not rig.engine.abort("again", "second", epoch=0)
         rig.verifier.release(10_000)
         assert len(await again) == 12
         await rig.all_is_given_back()

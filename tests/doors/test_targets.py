@@ -1,0 +1,77 @@
+"""The ingress' view of targets, on a handle whose targets do as they are told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorUnavailableError
+from ray.serve.exceptions import BackPressureError
+
+from cluster.core.errors import EngineUnavailable, Overloaded
+from cluster.core.types import FinishReason, GenerateRequest, Origin, SamplingParams, SpeculationStats, StreamItem
+from deployments.targets import Targets
+
+REQUEST = GenerateRequest("lost", (1, 2, 3), SamplingParams(), epoch=2, call_id="call")
+
+
+class Handle:
+    """A deployment handle with one stream: some items, then ``error``. ``calls``: what was broadcast."""
+
+    def __init__(self, error: Exception | None, *items: StreamItem) -> None:
+        self.error, self.items = error, items
+        self.calls: list[tuple[Any, ...]] = []
+
+    def options(self, **options: Any) -> Handle:
+        return self
+
+    def remote(self, request: GenerateRequest) -> Handle:
+        return self
+
+    async def __aiter__(self) -> AsyncIterator[StreamItem]:
+        for item in self.items:
+            yield item
+        if self.error is not None:
+            raise self.error
+
+    def cancel(self) -> None:
+        self.calls.append(("cancel",))
+
+    def broadcast(self, *call: Any) -> Handle:
+        self.calls.append(call)
+        return self
+
+    async def results_async(self, **options: Any) -> list[bool]:
+        return [True]
+
+
+async def read(handle: Handle) -> list[StreamItem]:
+    targets: Any = Targets
+    items: list[StreamItem] = []
+    view = targets(handle)
+    try:
+        async for item in view.open(REQUEST):
+            items.append(item)
+    finally:
+        await asyncio.sleep(0)  # what goes on in the background begins
+        await view.stop()
+    return items
+
+
+def test_a_target_out_of_reach_is_told_to_end_that_attempt() -> None:
+    handle = Handle(ActorUnavailableError("the connection is gone", b"0" * 16))
+    with pytest.raises(EngineUnavailable):
+        asyncio.run(read(handle))
+    assert handle.calls == [("cancel",), ("abort", "lost", "call", 2)]
+
+
+def test_a_target_that_refuses_or_ends_has_nothing_to_be_told() -> None:
+    refusing = Handle(BackPressureError(num_queued_requests=1, max_queued_requests=1))
+    with pytest.raises(Overloaded):
+        asyncio.run(read(refusing))
+    last = StreamItem("lost", (5,), (Origin.TARGET,), 0, "", SpeculationStats(), finish_reason=FinishReason.STOP)
+    ending = Handle(None, last)
+    assert asyncio.run(read(ending)) == [last]
+    assert refusing.calls == ending.calls == []
