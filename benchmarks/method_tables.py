@@ -24,7 +24,7 @@ from benchmarks import report
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
 RESULTS = Path(__file__).with_name("results")
-FILES = ("staged", "accepted_length", "side_by_side", "swift", "coupling", "s3d")
+FILES = ("staged", "accepted_length", "side_by_side", "side_by_side_methods", "swift", "coupling", "s3d")
 
 BESIDE = ["", "the paper", "here"]
 ABSENT, BELOW = "not measured", "below"
@@ -40,13 +40,15 @@ Results = Mapping[str, Result]
 def staged(results: Results) -> str:
     """Every form and size that was replayed."""
     found = results["staged"]
-    names = ["form", "nodes", "tokens a round", "draft passes a round", "weights read a token", "by small", "by medium"]
+    names = ["form", "nodes", "tokens a round", "by prompt", "draft passes a round", "weights read a token"]
+    names += ["by small", "by medium"]
     rows = []
     for row in found["rows"]:
         origins = [f"{100 * row['tokens_by_origin'].get(stage, 0):.1f} %" for stage in ("small", "medium")]
         length, passes = f"{row['accepted_length']:.2f}", f"{row['draft_passes_per_round']:.2f}"
-        traffic = f"{row['relative_weight_traffic']:.3f}"
-        rows.append([row["form"], str(row["nodes"]), length, passes, traffic, *origins])
+        traffic, spread = f"{row['relative_weight_traffic']:.3f}", row["by_prompt"]
+        middle = f"{spread['p10']:.1f} to {spread['p90']:.1f}"
+        rows.append([row["form"], str(row["nodes"]), length, middle, passes, traffic, *origins])
     return _with_source(report.table(names, rows), found, f"{found['records']} recorded greedy answers")
 
 
@@ -61,7 +63,7 @@ def staged_paper(results: Results) -> str:
         ["nodes of a tree", "36", str(LARGEST)],
         ["weights a draft pass reads, by the target's", "1/20 to 1/15", f"1/{1 / found['draft_weight']:.0f}"],
         ["weights read a token, n-grams alone", "none given", read["small"]],
-        ["weights read a token, draft model alone", "0.31 (a chain)", f"{read['medium, tree']} (a tree)"],
+        ["weights read a token, draft model alone, a chain", "0.31", read["medium, chain"]],
         ["weights read a token, staged", "0.23", read["staged, tree"]],
         ["tokens a round, staged by the better stage", "none given", f"{gain:.2f}"],
         ["speed by plain decoding's", "3.16", BELOW],
@@ -254,9 +256,29 @@ def s3d_paper(results: Results) -> str:
     return report.table(BESIDE, beside)
 
 
+def methods_speed(results: Results) -> str:
+    """All drafters beside plain decoding, the governor deciding for each, and what they hold beside the target."""
+    found = results["side_by_side_methods"]
+    added = {
+        "plain": 0.0,
+        "swift": 0.0,
+        "s3d": results["s3d"]["trained"]["rows"][-1]["extra_memory"],
+        "mlp_speculator": results["staged"]["draft_weight"],
+    }
+    cells = {cell["engine"]: cell for cell in found["cells"]}
+    rows = []
+    for engine in found["settings"]["engines"]:
+        ratio, memory = cells[engine]["ratios"]["plain"], added.get(engine)
+        by_memory = ["", ""] if memory is None else [f"{memory:.1%}", f"{ratio['point'] / (1 + memory):.2f}"]
+        speed = f"{ratio['point']:.2f} ({ratio['low']:.2f} … {ratio['high']:.2f})"
+        rows.append([f"`{engine}`", speed, f"{cells[engine]['accepted_length']:.2f}", *by_memory])
+    names = ["", "× plain", "tokens a round", "memory added to the target's", "× plain, by memory"]
+    return f"{report.table(names, rows)}\n\n{_wrapped(f'Greedy, one at once. {report.provenance_line(found)}')}"
+
+
 _STAGED, _SSSD = (staged, staged_paper), (sssd, sssd_live, sssd_speed, sssd_paper)
 _SWIFT, _S3D = (swift, swift_rounds, swift_search, swift_proposals, swift_paper, coupling), (s3d, s3d_staged, s3d_paper)
-_ALL = (*_STAGED, *_SSSD, *_SWIFT, *_S3D)
+_ALL = (*_STAGED, *_SSSD, *_SWIFT, *_S3D, methods_speed)
 TABLES: dict[str, Callable[[Results], str]] = {table.__name__: table for table in _ALL}
 
 

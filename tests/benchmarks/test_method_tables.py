@@ -36,7 +36,8 @@ def test_the_committed_tables_are_those_of_the_results() -> None:
 @pytest.mark.parametrize(
     ("file", "path", "tables"),
     [
-        ("staged", ("rows", -1, "relative_weight_traffic"), ["staged", "staged_paper"]),
+        ("staged", ("rows", -1, "relative_weight_traffic"), ["staged"]),
+        ("staged", ("draft_weight",), ["staged_paper", "methods_speed"]),
         ("accepted_length", ("rows", 0, "propose_us", "p95"), ["sssd"]),
         ("accepted_length", ("rows", -1, "by_part", 0, 1), ["sssd_live"]),
         ("side_by_side", ("memory_mb", "sssd"), ["sssd_speed"]),
@@ -45,6 +46,7 @@ def test_the_committed_tables_are_those_of_the_results() -> None:
         ("coupling", ("ratio",), ["coupling"]),
         ("s3d", ("trained", "rows", 0, "draft_ms"), ["s3d"]),
         ("s3d", ("beside", "rows", -1, "staged"), ["s3d_staged"]),
+        ("side_by_side_methods", ("cells", 0, "ratios", "plain", "point"), ["methods_speed"]),
     ],
 )
 def test_a_changed_figure_is_noticed(file: str, path: tuple[Any, ...], tables: list[str]) -> None:
