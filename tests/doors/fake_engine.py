@@ -63,12 +63,13 @@ class FakeEngine:
 
     def __init__(self, config: ServiceConfig) -> None:
         self._config = config
-        self._aborts: dict[str, asyncio.Event] = {}
+        self._aborts: dict[str, tuple[GenerateRequest, asyncio.Event]] = {}
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[StreamItem, None]:
         mode = request.prompt_token_ids[0]
         self._refuse(mode, request)
-        aborted = self._aborts[request.request_id] = asyncio.Event()
+        aborted = asyncio.Event()
+        self._aborts[request.request_id] = request, aborted
         try:
             if mode == Mode.STUCK:
                 await aborted.wait()
@@ -130,9 +131,10 @@ class FakeEngine:
             position += len(tokens)
 
     def abort(self, request_id: str, call_id: str = "", epoch: int | None = None) -> bool:
-        if request_id not in self._aborts:
+        running = self._aborts.get(request_id)
+        if running is None or not running[0].meant(call_id, epoch):
             return False
-        self._aborts[request_id].set()
+        running[1].set()
         return True
 
     def info(self) -> ModelInfo:
@@ -181,7 +183,7 @@ class FakeEngine:
         return Health("serving", True)
 
     def close(self) -> None:
-        for aborted in self._aborts.values():
+        for _, aborted in self._aborts.values():
             aborted.set()
 
 
