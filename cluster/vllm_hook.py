@@ -23,7 +23,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,8 @@ import numpy.typing as npt
 from cluster.core.errors import ConfigError
 from cluster.core.types import EngineStats
 from cluster.rounds.buckets import Buckets
-from cluster.rounds.chain_drafter import ChainDrafter, Source
+from cluster.rounds.chain_drafter import ChainDrafter, Remote
+from cluster.rounds.local_drafter import LocalDrafter
 from cluster.rounds.meter import BETWEEN_TOKENS_S, FIRST_TOKEN_S, REQUEST_S
 from cluster.rounds.pipeline import Pipeline
 from cluster.rounds.rows import Row
@@ -59,7 +60,8 @@ class Model:
     max_model_len: int
 
 
-Connect = Callable[[Model], Source]
+Found = TypeVar("Found", LocalDrafter, Remote)
+Connect = Callable[[Model], Found]
 """Raises where there is nothing to connect to yet."""
 
 
@@ -118,7 +120,7 @@ class PacelineProposer:
         extra = [(request.sampling_params.extra_args or {}) if request else {} for request in requests]
         return [min(self._max_drafts, int(args.get(EXTRA_ARG, self._max_drafts))) for args in extra]
 
-    def _connect(self, local: Connect | None, remote: Connect | None, model: Model) -> None:
+    def _connect(self, local: Connect[LocalDrafter] | None, remote: Connect[Remote] | None, model: Model) -> None:
         """In the background: vLLM never waits for drafters."""
         drafter = ChainDrafter(None if local is None else _connected(local, model))
         if local is not None:
@@ -178,22 +180,25 @@ def _is_output_rank(vllm_config: Any) -> bool:
     return bool(get_tensor_model_parallel_rank() == 0)
 
 
-def places(where: str, max_drafts: int) -> tuple[Connect | None, Connect | None]:
+def places(where: str, max_drafts: int) -> tuple[Connect[LocalDrafter] | None, Connect[Remote] | None]:
     """How to get at a local drafter and at remote stages. ``where``: as in ``PACELINE_DRAFTERS``; ``max_drafts``: of a
     chain. Raises ``ConfigError`` for anything else."""
-    found: dict[bool, Connect] = {}
+    local: Connect[LocalDrafter] | None = None
+    remote: Connect[Remote] | None = None
     for place in where.split(","):
         address, slash, app = place.strip().rpartition("/")
-        here = place.strip() == LOCAL
-        if here in found or not (here or (slash and address and app)):
+        if place.strip() == LOCAL and local is None:
+            local = _local(max_drafts)
+        elif slash and address and app and remote is None:
+            remote = _remote(address, app)
+        else:
             raise ConfigError(
                 f"{DRAFTERS}: {where!r}; allowed: {LOCAL}, HOST:PORT/APPLICATION, or both with a comma between"
             )
-        found[here] = _local(max_drafts) if here else _remote(address, app)
-    return found.get(True), found.get(False)
+    return local, remote
 
 
-def _connected(connect: Connect, model: Model) -> Source:
+def _connected(connect: Connect[Found], model: Model) -> Found:
     """Tries again and again."""
     told = ""
     while True:
@@ -205,29 +210,26 @@ def _connected(connect: Connect, model: Model) -> Source:
                 log.warning("no drafters yet (%s): decoding without their guesses", told)
             time.sleep(RETRY_S)
         else:
-            log.info("drafting with %s", ", ".join(source.pipeline.stages))
+            log.info("drafting with %s", ", ".join(source.stages))
             return source
 
 
-def _local(max_drafts: int) -> Connect:
-    def connect(model: Model) -> Source:
+def _local(max_drafts: int) -> Connect[LocalDrafter]:
+    def connect(model: Model) -> LocalDrafter:
         from cluster.core.config import StageConfig
         from cluster.engine.weights import resolve_model
-        from cluster.rounds.draft_worker import DraftWorker
-        from cluster.rounds.inline_transport import InlineTransport
         from drafters import TargetFacts, create
 
         facts = TargetFacts(model.vocab_size, model.max_model_len, resolve_model(model.tokenizer), "bfloat16")
         stage = StageConfig(name="small", drafter="sssd", max_sessions=MAX_ROWS)
-        transport = InlineTransport({stage.name: DraftWorker(stage.name, create(stage, target=facts))})
-        nodes = LOCAL_NODES_PER_DRAFT * max_drafts
-        return Source(Pipeline(transport, [stage.name], model.vocab_size, nodes), nodes)
+        drafter = create(stage, target=facts)
+        return LocalDrafter(stage.name, drafter, model.vocab_size, LOCAL_NODES_PER_DRAFT * max_drafts)
 
     return connect
 
 
-def _remote(address: str, app: str) -> Connect:
-    def connect(model: Model) -> Source:
+def _remote(address: str, app: str) -> Connect[Remote]:
+    def connect(model: Model) -> Remote:
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", GCS_PATIENCE_S)
         import ray
 
@@ -242,7 +244,7 @@ def _remote(address: str, app: str) -> Connect:
         vocab = load_tokenizer(resolve_model(model.tokenizer)).get_vocab()
         name = f"vllm-{uuid.uuid4().hex[:12]}"
         transport = RayDraftTransport(name, app, stages, tokenizer_hash(vocab), in_background=True)
-        return Source(Pipeline(transport, stages, model.vocab_size, TREE_NODES, run_ahead=1), TREE_NODES)
+        return Remote(Pipeline(transport, stages, model.vocab_size, TREE_NODES, run_ahead=1), TREE_NODES)
 
     return connect
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from cluster.core.token_tree import TokenTree
 from cluster.rounds.calibration import Calibration, Offers, lay_out
+from cluster.rounds.local_drafter import LocalDrafter
 from cluster.rounds.modes import LOCAL, MIXED, PLAIN, REMOTE, ModeChooser
 from cluster.rounds.pipeline import Pipeline
 from cluster.rounds.remote_use import RemoteUse
@@ -32,14 +33,20 @@ GAIN_MEMORY = 0.95
 LATE_AFTER_STEPS = 3.0  # a stage silent for so long is of no use ...
 LATE_AFTER_MIN_S = 0.05  # ... unless steps are this short
 REMEMBERED_CALLS = 1024
+LEARN_EVERY_S = 0.1  # not after each step: a call that wakes a thread may lose its core to it
+MAX_LESSONS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Stages that guess, and how many nodes they are asked for by row."""
+class Remote:
+    """Stages in other processes, and how many nodes they are asked for by row."""
 
     pipeline: Pipeline
     tree_nodes: int
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return self.pipeline.stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +93,12 @@ class ChainDrafter:
     that have ended.
     """
 
-    def __init__(self, local: Source | None, clock: Callable[[], float] = time.monotonic, thread: bool = True) -> None:
+    def __init__(
+        self, local: LocalDrafter | None, clock: Callable[[], float] = time.monotonic, thread: bool = True
+    ) -> None:
         """``local``: guesses within the call. ``thread``: False leaves its work to calls of ``learn`` and ``reap``."""
         self._local = local
-        self._remote: Source | None = None
+        self._remote: Remote | None = None
         self._remote_use: RemoteUse | None = None
         self._modes = ModeChooser()
         self._clock = clock
@@ -99,7 +108,7 @@ class ChainDrafter:
         self._times = StepTimes()
         self._lengths = ChainLengths(self._times)
         self._offers: Offers | None = None
-        self._lessons: deque[_Lesson] = deque(maxlen=8)
+        self._lessons: deque[_Lesson] = deque(maxlen=MAX_LESSONS)
         self._last_rows = 0
         self._bases: dict[str, int] = {}  # of the last step's rows that want guesses
         self._gain = 1.0  # guesses accepted, by row that had some, of late
@@ -112,7 +121,7 @@ class ChainDrafter:
         if thread:
             threading.Thread(target=self._work, name="chain-drafter", daemon=True).start()
 
-    def join(self, remote: Source) -> None:
+    def join(self, remote: Remote) -> None:
         """From now on remote stages guess, too: where they are faster than a local drafter, always where there is none.
         From any thread."""
         usual = [PLAIN] if self._local is None else [LOCAL]
@@ -147,22 +156,22 @@ class ChainDrafter:
 
     def report(self) -> ChainReport:
         with self._lock:
-            sources = self._sources
-            pipelines = [source.pipeline for source in sources.values()]
-            asked = pipelines[-1] if pipelines else None
+            sources = {LOCAL: self._local, REMOTE: self._remote}
+            remote = self._remote.pipeline if self._remote is not None else None
+            asked = remote or self._local
             return ChainReport(
-                stages={where: source.pipeline.stages for where, source in sources.items()},
+                stages={where: source.stages for where, source in sources.items() if source is not None},
                 steps=self._steps,
                 remote_steps=self._remote_steps,
                 rows=self._rows,
                 wanted=asked.wanted if asked else 0,
-                cached=asked.cached if asked else 0,
+                cached=remote.cached if remote else 0,
                 missing=asked.missing if asked else 0,
                 drafted=self._drafted,
                 waited_s=self._waited_s,
                 seconds=statistics.median(self._calls) if self._calls else 0.0,
-                worker_pids={stage: pid for each in pipelines for stage, pid in each.worker_pids.items()},
-                deadline_misses={stage: misses for each in pipelines for stage, misses in each.misses.items()},
+                worker_pids=dict(remote.worker_pids) if remote else {},
+                deadline_misses=remote.misses if remote else {},
             )
 
     def reap(self) -> None:
@@ -170,8 +179,10 @@ class ChainDrafter:
         with self._lock:
             self._reaped_s = self._clock()
             for text in self._texts.forget(self._clock()):
-                for source in self._sources.values():
-                    source.pipeline.close(text.id)
+                if self._local is not None:
+                    self._local.close(text.id)
+                if self._remote is not None:
+                    self._remote.pipeline.close(text.id)
                 self._calibration.forget(text.id)
 
     def learn(self) -> None:
@@ -181,12 +192,6 @@ class ChainDrafter:
                 self._learn(self._lessons.popleft())
 
     @property
-    def _sources(self) -> dict[str, Source]:
-        """By where they are; remote stages last."""
-        found = {LOCAL: self._local, REMOTE: self._remote}
-        return {where: source for where, source in found.items() if source is not None}
-
-    @property
     def _mode(self) -> str:
         if self._remote_use is not None:
             return self._remote_use.mode
@@ -194,9 +199,7 @@ class ChainDrafter:
 
     def _open(self, text: RowText) -> None:
         if self._local is not None:
-            pipeline = self._local.pipeline
-            pipeline.open(text, pipeline.stages)
-            pipeline.ask([(text, pipeline.stages, 0)])  # its start; guesses can be asked for in the same call
+            self._local.open(text)
         if self._remote is not None:
             self._remote.pipeline.open(text, ())  # workers are leased when they are worth it
 
@@ -238,7 +241,8 @@ class ChainDrafter:
     def _chains(self, texts: Sequence[RowText], rows: int) -> list[list[int]]:
         """``rows``: of the step, also those that want no guesses."""
         remote = self._remote_trees(texts, rows)
-        trees = remote | self._local_trees([text for text in texts if text.id not in remote])
+        others = [text for text in texts if text.id not in remote]
+        trees = remote | (self._local.trees(others) if self._local is not None and others else {})
         best = {text.id: best_chain(trees[text.id], text.max_drafts) for text in texts if text.id in trees}
         offered = {name: chain for name, chain in best.items() if len(chain)}
         if not offered:
@@ -247,17 +251,9 @@ class ChainDrafter:
         scores = [path.tolist() for path in self._calibration.scores(self._offers)]
         lengths = dict(zip(offered, self._lengths.choose(rows, scores)))
         for name, length in lengths.items():
-            source = self._remote if name in remote else self._local
-            if source is not None:
-                source.pipeline.verified(name, offered[name].take(np.arange(length)))
+            if self._remote is not None and name in remote:
+                self._remote.pipeline.verified(name, offered[name].take(np.arange(length)))
         return [offered[t.id].tokens[: lengths[t.id]].tolist() if t.id in offered else [] for t in texts]
-
-    def _local_trees(self, texts: Sequence[RowText]) -> dict[str, TokenTree]:
-        if self._local is None or not texts:
-            return {}
-        pipeline, nodes = self._local.pipeline, self._local.tree_nodes
-        pipeline.ask([(text, pipeline.stages, nodes) for text in texts])
-        return pipeline.collect(texts, 0.0)
 
     def _remote_trees(self, texts: Sequence[RowText], rows: int) -> dict[str, TokenTree]:
         """Of rows that have any in time: what was found below the tokens that came, or came while the step waited."""
@@ -279,6 +275,7 @@ class ChainDrafter:
             if self._wake.wait(FORGET_AFTER_S / 2):
                 self._wake.clear()
                 self.learn()
+                time.sleep(LEARN_EVERY_S)
             if self._clock() - self._reaped_s > FORGET_AFTER_S / 2:
                 self.reap()
 

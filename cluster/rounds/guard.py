@@ -1,6 +1,6 @@
 """A drafter behind a guard: whatever it raises or returns costs its session guesses, and nobody a round.
 
-Both hosts of drafters use it, the scheduler in the engine thread and ``DraftWorker`` in a process of its own.
+All hosts of drafters use it: the scheduler and ``LocalDrafter`` in the engine's thread, ``DraftWorker`` elsewhere.
 """
 
 from __future__ import annotations

@@ -32,22 +32,18 @@ from cluster.engine.verifier import Prefill, Verifier, Verify
 from cluster.engine.weights import eos_token_ids, load_tokenizer, resolve_model
 from drafters.training.chat_frame import ChatFrame
 
-# Half of the chats open freely; the others with words that are common to a kind of task and say nothing of its content.
+# Words that are common to a kind of task and say nothing of its content. Each kind is as likely as any other; the first
+# opens freely, and then the model mostly asks for a text or an explanation.
 OPENINGS = (
-    *[""] * 12,
-    "Translate the following German sentence to English:",
-    "Summarize:",
-    "Summarize the following article:",
-    "What is",
-    "Who",
-    "When did",
-    "Answer the question based on the following documents:",
-    "Write a",
-    "Imagine you are",
-    "Explain",
-    "Solve this math problem:",
-    "Write a Python function",
-    "Extract the",
+    ("",),
+    ("Translate German to English:", "Translate the following sentence from French to English:", "Translate:"),
+    ("Summarize:", "Summarize the following article:", "Give the main points of this text:"),
+    ("What is", "Who", "When did", "When was", "Where", "How many", "Which", "Why"),
+    ("Answer the question based on the following documents:", "Read the passage and answer the question:"),
+    ("Solve this math problem:", "A farmer", "Anna has", "Tom bought", "A train", "There are", "If a"),
+    ("Write a", "Describe", "Imagine you are", "Pretend to be", "Draft an email", "Tell me"),
+    ("Explain", "Discuss", "Compare", "List", "What are the differences between"),
+    ("Write a Python function", "Write a program that", "Extract the", "Rewrite", "Classify the following"),
 )
 MAX_ROWS = 64
 
@@ -97,7 +93,7 @@ class ChatWriter:
 
     def _begin(self, index: int, slot: int) -> Chat:
         draw = random.Random(f"{self._args.seed}/{index}")
-        text = self._encode(self._frame.opening + draw.choice(OPENINGS))
+        text = self._encode(self._frame.opening + draw.choice(draw.choice(OPENINGS)))
         turns = draw.randint(1, self._args.max_turns)
         params, history = self._sampling(index, 0, sampled=True), History((), (), SamplingParams())
         return Chat(index, slot, text, turns, params, self._args.user_tokens, len(text), history)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ from tiny import VOCAB, save_tiny_llama
 from benchmarks.accepted_length import Record
 from benchmarks.mediums import DistilledMedium, HeadMedium, chain
 from benchmarks.staged import CHAIN, FORMS, measure
+from cluster.core.accept import decide
+from cluster.core.types import SamplingParams
+from cluster.core.warp import History
 from cluster.engine.rank import build_rank
 from cluster.engine.weights import load_weights, read_config
 from drafters.distilled import LINEARS, DraftHeader, save_draft
@@ -26,22 +30,27 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def records(target: Path) -> list[Record]:
     """The target's own greedy answers."""
+    return answers(target, [SamplingParams(temperature=0.0)] * 4)
+
+
+def answers(target: Path, params: list[SamplingParams]) -> list[Record]:
     rank = build_rank(target, "float32", num_slots=1, capacity=1, scratch=64, threads=1)
     draw = np.random.default_rng(0)
     made = []
-    for _ in range(4):
+    for chosen in params:
         text = [int(token) for token in draw.integers(2, VOCAB, 9)]
         for _ in range(20):
             slot = rank.kv.allocate()
-            text.append(int(rank.forward([chain(slot, text, len(text) - 1)]).argmax()))
+            row = rank.forward([chain(slot, text, len(text) - 1)])[0].numpy()
+            text.append(decide(row, chosen, History((), (), chosen), len(text), frozenset()).token)
             rank.kv.free(slot)
-        made.append(Record("any", text[:9], text[9:]))
+        made.append(Record("any", text[:9], text[9:], chosen))
     return made
 
 
-def test_a_medium_that_is_the_target_is_always_right(
-    target: Path, records: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def medium(target: Path, records: list[Record], tmp_path: Path) -> DistilledMedium:
+    """The whole target."""
     config = read_config(target)
     whole = load_weights(target, config, torch.float32)
     values = {"norm.weight": whole["model.norm.weight"]}
@@ -54,7 +63,12 @@ def test_a_medium_that_is_the_target_is_always_right(
             values |= {f"layers.{layer}.{name}.b": torch.zeros(outputs, 1)}
     header = DraftHeader(None, tuple(range(config.num_layers)), {})
     save_draft(tmp_path, header, values, torch.arange(VOCAB))
-    medium = DistilledMedium(str(tmp_path), target, records, "float32", 1)
+    return DistilledMedium(str(tmp_path), target, records, "float32", 1)
+
+
+def test_a_medium_that_is_the_target_is_always_right(
+    records: list[Record], medium: DistilledMedium, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert medium.weight == pytest.approx(1.0)
     assert medium.agreement == 1.0
     monkeypatch.setitem(FORMS, "medium, chain", (False, {**CHAIN, "min_score": 0.0}))  # random weights are never sure
@@ -62,6 +76,17 @@ def test_a_medium_that_is_the_target_is_always_right(
     assert row["accepted_length"] == pytest.approx(20 / 4)
     assert row["tokens_by_origin"] == {"medium": 0.8, "target": 0.2}
     assert row["draft_passes_per_round"] == pytest.approx(4.0)
+
+
+def test_it_is_right_about_sampled_answers_too(
+    target: Path, medium: DistilledMedium, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their seeds are the drafter's to know."""
+    sampled = answers(target, [SamplingParams(temperature=1.0, top_k=5, seed=seed) for seed in range(4)])
+    monkeypatch.setitem(FORMS, "medium, chain", (False, {**CHAIN, "min_score": 0.0}))
+    assert measure("medium, chain", sampled, medium, None, 4)["accepted_length"] == pytest.approx(20 / 4)
+    forgotten = [replace(record, params=SamplingParams(temperature=1.0, top_k=5, seed=99)) for record in sampled]
+    assert measure("medium, chain", forgotten, medium, None, 4)["accepted_length"] < 3.0
 
 
 def test_a_medium_of_random_weights_is_followed_too(target: Path, records: list[Record], tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -10,10 +10,11 @@ from fakes import InProcessTransport, ScriptedDrafter
 
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import Origin
-from cluster.rounds.chain_drafter import ChainDrafter, Source, best_chain
+from cluster.rounds.chain_drafter import ChainDrafter, Remote, best_chain
 from cluster.rounds.draft_worker import DraftWorker
-from cluster.rounds.inline_transport import InlineTransport
-from cluster.rounds.pipeline import Pipeline
+from cluster.rounds.local_drafter import LocalDrafter
+from cluster.rounds.messages import DraftReply
+from cluster.rounds.pipeline import ChainAsk, Deliver, Fail, Pipeline
 from cluster.rounds.rows import FORGET_AFTER_S, Row, RowTexts
 from cluster.rounds.step_times import MIN_STEPS, PROBE_STEPS, ChainLengths, StepTimes
 from drafters.base import Ask
@@ -31,17 +32,49 @@ def count_on(tokens: list[int], ask: Ask) -> TokenTree:
     return TokenTree.chain([(tokens[-1] + 1 + i) % VOCAB for i in range(length)], stage=Origin.SMALL)
 
 
+class InlineTransport:
+    """A ``DraftTransport`` whose every reply is there when ``draft`` returns."""
+
+    def __init__(self, workers: Mapping[str, DraftWorker]) -> None:
+        self.workers = workers
+
+    def open(self, session_id: str, stages: Sequence[str]) -> None:
+        pass
+
+    def worker(self, session_id: str, stage: str) -> DraftWorker:
+        return self.workers[stage]
+
+    def draft(self, chains: Sequence[ChainAsk], deliver: Deliver, fail: Fail) -> None:
+        for chain in chains:
+            reply: DraftReply | None = None
+            for stage, ask in chain.asks.items():
+                reply = self.workers[stage].draft("test", [ask], reply)
+                deliver(self.workers[stage], reply)
+
+    def leases(self) -> dict[str, int]:
+        return {}
+
+    def close(self, session_id: str) -> None:
+        for worker in self.workers.values():
+            worker.end("test", session_id)
+
+
+def remote_stage(drafter: ScriptedDrafter) -> Remote:
+    workers = {"small": DraftWorker("small", drafter)}
+    return Remote(Pipeline(InlineTransport(workers), ["small"], VOCAB, 16), 16)
+
+
 class Rig:
     """A chain drafter whose clock only moves when told to."""
 
-    def __init__(self, run_ahead: int = 0, inline: bool = True, local: Source | None = None) -> None:
+    def __init__(self, run_ahead: int = 0, inline: bool = True, local: LocalDrafter | None = None) -> None:
         self.now = 100.0
         self.drafter = ScriptedDrafter(count_on, vocab_size=VOCAB)
         workers = {"small": DraftWorker("small", self.drafter)}
         self.transport = InlineTransport(workers) if inline else InProcessTransport(workers)
         self.pipeline = Pipeline(self.transport, ["small"], VOCAB, 16, clock=lambda: self.now, run_ahead=run_ahead)
         self.chains = ChainDrafter(local, clock=lambda: self.now, thread=False)
-        self.chains.join(Source(self.pipeline, 16))
+        self.chains.join(Remote(self.pipeline, 16))
 
     def step(self, *rows: Row, seconds: float = 0.02) -> list[list[int]]:
         self.now += seconds
@@ -124,9 +157,8 @@ def always_five(tokens: list[int], ask: Ask) -> TokenTree:
     return TokenTree.chain([5] * min(ask.max_nodes, ask.max_depth), stage=Origin.SMALL)
 
 
-def local_source(guess: Callable[[list[int], Ask], TokenTree]) -> Source:
-    workers = {"small": DraftWorker("small", ScriptedDrafter(guess, vocab_size=VOCAB))}
-    return Source(Pipeline(InlineTransport(workers), ["small"], VOCAB, 16), 16)
+def local_source(guess: Callable[[list[int], Ask], TokenTree]) -> LocalDrafter:
+    return LocalDrafter("small", ScriptedDrafter(guess, vocab_size=VOCAB), VOCAB, 16)
 
 
 def count(rig: Rig, steps: int, seconds: float = 0.02, beside: bool = False) -> int:
@@ -172,10 +204,23 @@ def test_a_row_that_wants_no_guesses_does_not_keep_the_others_from_the_better_wa
 def test_remote_stages_may_join_while_rows_run() -> None:
     chains = ChainDrafter(local_source(always_five), clock=lambda: 0.0, thread=False)
     assert chains.propose([row([5, 6, 7], 1)]) == [[5, 5, 5, 5]]
-    remote = local_source(count_on)
+    remote = remote_stage(ScriptedDrafter(count_on, vocab_size=VOCAB))
     chains.join(remote)
     assert remote.pipeline.num_sessions == 1
     assert chains.propose([row([5, 6, 7, 8], 1)]) == [[5, 5, 5, 5]]
+
+
+def test_a_local_drafter_that_fails_costs_its_row_guesses_and_no_other() -> None:
+    def fail_for_nines(tokens: list[int], ask: Ask) -> TokenTree:
+        if tokens[0] == 9:
+            raise RuntimeError("nines")
+        return count_on(tokens, ask)
+
+    drafter = LocalDrafter("small", ScriptedDrafter(fail_for_nines, vocab_size=VOCAB), VOCAB, 16)
+    chains = ChainDrafter(drafter, clock=lambda: 0.0, thread=False)
+    assert chains.propose([row([9, 6, 7], 1), row([5, 6, 7], 1)]) == [[], [8, 9, 10, 11]]
+    assert chains.propose([row([9, 6, 7, 8], 1), row([5, 6, 7, 8], 1)]) == [[], [9, 10, 11, 12]]
+    assert (chains.report().wanted, chains.report().missing) == (4, 2)
 
 
 def test_without_any_drafter_there_are_no_guesses() -> None:
