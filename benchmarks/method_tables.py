@@ -24,7 +24,16 @@ from benchmarks import report
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
 RESULTS = Path(__file__).with_name("results")
-FILES = ("staged", "accepted_length", "side_by_side", "side_by_side_methods", "swift", "coupling", "s3d")
+FILES = (
+    "staged",
+    "staged_sampled",
+    "accepted_length",
+    "side_by_side",
+    "side_by_side_methods",
+    "swift",
+    "coupling",
+    "s3d",
+)
 
 BESIDE = ["", "the paper", "here"]
 ABSENT, BELOW = "not measured", "below"
@@ -50,6 +59,21 @@ def staged(results: Results) -> str:
         middle = f"{spread['p10']:.1f} to {spread['p90']:.1f}"
         rows.append([row["form"], str(row["nodes"]), length, middle, passes, traffic, *origins])
     return _with_source(report.table(names, rows), found, f"{found['records']} recorded greedy answers")
+
+
+def staged_sampled(results: Results) -> str:
+    """Trees of one size, by how the answers' tokens were chosen."""
+    rows = []
+    for name in ("staged", "staged_sampled"):
+        found = results[name]
+        chosen = "greedy" if not found["temperature"] else f"T={found['temperature']:g}, top-k {found['top_k']}"
+        by_form = {row["form"]: row for row in found["rows"] if row["nodes"] == LARGEST}
+        lengths = {form: row["accepted_length"] for form, row in by_form.items()}
+        gain = lengths["staged, tree"] / max(lengths["small"], lengths["medium, tree"])
+        passes = by_form["staged, tree"]["draft_passes_per_round"]
+        rows.append([chosen, *(f"{lengths[form]:.2f}" for form in lengths), f"{gain:.2f}", f"{passes:.2f}"])
+    names = ["", *lengths, "by the better stage", "draft passes a round"]
+    return _with_source(report.table(names, rows), found, f"{found['records']} recorded answers, {LARGEST} nodes")
 
 
 def staged_paper(results: Results) -> str:
@@ -276,7 +300,7 @@ def methods_speed(results: Results) -> str:
     return f"{report.table(names, rows)}\n\n{_wrapped(f'Greedy, one at once. {report.provenance_line(found)}')}"
 
 
-_STAGED, _SSSD = (staged, staged_paper), (sssd, sssd_live, sssd_speed, sssd_paper)
+_STAGED, _SSSD = (staged, staged_sampled, staged_paper), (sssd, sssd_live, sssd_speed, sssd_paper)
 _SWIFT, _S3D = (swift, swift_rounds, swift_search, swift_proposals, swift_paper, coupling), (s3d, s3d_staged, s3d_paper)
 _ALL = (*_STAGED, *_SSSD, *_SWIFT, *_S3D, methods_speed)
 TABLES: dict[str, Callable[[Results], str]] = {table.__name__: table for table in _ALL}

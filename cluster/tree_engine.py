@@ -21,6 +21,7 @@ from types import MappingProxyType
 from cluster.core.errors import (
     Aborted,
     DeadlineExceeded,
+    EngineDied,
     EngineFailed,
     EngineUnavailable,
     InvalidArgument,
@@ -32,7 +33,7 @@ from cluster.rounds.detokenize import TextStream
 from cluster.rounds.pacing import Pace, Pacer
 from cluster.rounds.pipeline import Pipeline
 from cluster.rounds.scheduler import Outcome, Scheduler
-from cluster.rounds.session import Limits, Session
+from cluster.rounds.session import Limits, Phase, Session
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,11 @@ class _Call:
     items: asyncio.Queue[StreamItem | PacelineError] = field(default_factory=asyncio.Queue)
     session: Session | None = None
     pacer: Pacer = field(default_factory=Pacer)
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has had a part in steps."""
+        return self.session is not None and self.session.phase is not Phase.WAITING
 
     def send(self, message: StreamItem | PacelineError) -> None:
         try:
@@ -190,13 +196,14 @@ class TreeEngine:
                 del self._calls[call.request.request_id]
 
     def _end(self, reason: PacelineError) -> None:
-        """No request is accepted from here on; those in flight end with ``reason``."""
+        """No request is accepted from here on. Those that an engine works on end with ``reason``, which may be their
+        doing; those that wait had no part in it."""
         with self._lock:
             self._ended = self._ended or reason
             calls = list(self._calls.values())
             self._calls.clear()
         for call in calls:
-            call.send(reason)
+            call.send(reason if call.begun else EngineUnavailable("the engine has stopped"))
 
     # --- the engine thread
 
@@ -213,7 +220,7 @@ class TreeEngine:
         except Exception as error:
             log.exception("a step failed; the engine stops")
             self._failure = f"a step failed: {type(error).__name__}: {error}"
-            reason = EngineFailed(self._failure)
+            reason = error if isinstance(error, EngineDied) else EngineFailed(self._failure)
         self._end(reason)
 
     def _handle_inbox(self) -> bool:

@@ -21,6 +21,7 @@ from cluster.core.errors import (
     Aborted,
     ConfigError,
     DeadlineExceeded,
+    EngineDied,
     EngineFailed,
     EngineUnavailable,
     InvalidArgument,
@@ -295,7 +296,7 @@ def _typed(error: Exception, llm: Any) -> Exception:
     if isinstance(error, PacelineError):
         return error
     if llm.errored:
-        return EngineUnavailable("vLLM's engine died")
+        return EngineDied("vLLM's engine died")
     if isinstance(error, ValueError):
         return InvalidArgument("sampling_params", str(error))
     return EngineFailed(f"{type(error).__name__} in vLLM: {error}")

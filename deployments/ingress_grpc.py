@@ -54,25 +54,29 @@ class GrpcDoor:
     service: Service
 
     async def Generate(self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext) -> pb.GenerateResponse:
+        request_id = request.request_id
         try:
             accepted = await self.service.submit(client_request(request, grpc_context.invocation_metadata()))
+            request_id = accepted.request_id
             return answer_message(await self.service.collect(accepted), self.service.model)
         except Exception as error:
-            _set_status(grpc_context, error, request.request_id)
+            _set_status(grpc_context, error, request_id)
             return pb.GenerateResponse()
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[pb.StreamItem, None]:
+        request_id = request.request_id
         try:
             accepted = await self.service.submit(client_request(request, grpc_context.invocation_metadata()))
+            request_id = accepted.request_id
             tally = Tally()
             async with aclosing(self.service.stream(accepted)) as items:
                 async for item in items:
                     tally.add(item)
                     yield item_message(item, tally)
         except Exception as error:
-            _raise_status(grpc_context, error, request.request_id)
+            _raise_status(grpc_context, error, request_id)
 
     async def Abort(self, request: pb.AbortRequest, grpc_context: RayServegRPCContext) -> pb.AbortResponse:
         try:

@@ -8,8 +8,8 @@ an answer. Extra response fields: ``seed`` and ``speculation`` beside ``usage``;
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError
 from pydantic_core import from_json
@@ -20,7 +20,16 @@ from deployments.codec import ClientRequest
 from deployments.service import Usage
 
 IGNORED = frozenset(
-    ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
+    (
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "parallel_tool_calls",
+    )
 )
 """Accounting and caching hints, accepted and ignored: no value of theirs changes an answer."""
 
@@ -106,7 +115,10 @@ def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
     for token, bias in value.items():
         if not (token.isascii() and token.isdigit()) or type(bias) not in (int, float):
             raise ValueError(f"must map token ids to numbers, got {token!r}: {bias!r}")
-        pairs.append((int(token), float(bias)))
+        try:
+            pairs.append((int(token), float(bias)))
+        except OverflowError:
+            raise ValueError(f"the bias of token {token} is too large") from None
     return tuple(sorted(pairs))
 
 
@@ -139,7 +151,10 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
+    """``include_obfuscation``: padding against listeners on the line; ignored."""
+
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class SpeculationOptions(_Body):
@@ -282,10 +297,24 @@ def parse_body(kind: type[B], body: bytes) -> B:
         issue = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in issue["loc"])
         if issue["type"] == "extra_forbidden":
-            raise InvalidArgument(
-                name, f"is not a known field; known: {', '.join(sorted(kind.model_fields))}"
-            ) from None
+            raise InvalidArgument(name, f"is not a known field; known: {', '.join(_known(kind, issue['loc']))}") from None
         raise InvalidArgument(name, issue["msg"].removeprefix("Value error, ")) from None
+
+
+def _known(kind: type[BaseModel], where: Sequence[str | int]) -> list[str]:
+    """The fields beside the one that ``where`` leads to."""
+    for part in where[:-1]:
+        field = kind.model_fields.get(str(part))
+        kind = next(iter(_models(field.annotation)), kind) if field is not None else kind
+    return sorted(kind.model_fields)
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that a field's type is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models(argument)
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from cluster.core.errors import DeadlineExceeded, EngineFailed, EngineUnavailable, PacelineError
+from cluster.core.errors import DeadlineExceeded, EngineDied, EngineFailed, EngineUnavailable, Overloaded, PacelineError
 from cluster.core.types import GenerateRequest, SpeculationStats, StreamItem
 
 MAX_CRASHES = 2
@@ -44,7 +44,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ReplayLimits:
-    """How often, and for how long after a target's death, another is tried."""
+    """How many deaths of targets a request survives, and for how long after one another target is tried."""
 
     max_replays: int
     timeout_s: float
@@ -91,7 +91,7 @@ async def generate(
     """Items of one request until its finish, over as many targets as that takes.
 
     Raises ``DeadlineExceeded`` after ``request.timeout_s``, ``EngineUnavailable`` where targets died more than
-    ``max_replays`` times or none answered in time, ``EngineFailed`` where the request itself crashes engines. A request
+    ``max_replays`` times or none went on in time, ``EngineFailed`` where the request itself crashes engines. A request
     that comes while targets restart waits for one, too.
     """
     clock = asyncio.get_running_loop().time
@@ -99,24 +99,32 @@ async def generate(
     if not backend.serving:
         await _until_serving(backend, limits.timeout_s, deadline, request)
     progress = _Progress(request)
-    attempt = crashes = 0
+    attempt = deaths = crashes = 0
+    give_up: float | None = None
     over = False
     while True:
         remaining = request.timeout_s if deadline is None else max(deadline - clock(), 0.001)
+        began = False
         try:
             async with aclosing(backend.open(progress.attempt(attempt, remaining))) as items:
                 while (item := await _next(items, deadline, request)) is not None:
                     over = item.finish_reason is not None
+                    began, give_up = True, None
                     yield progress.deliver(item)
             return
-        except (EngineUnavailable, EngineFailed) as error:
+        except (EngineUnavailable, EngineFailed, Overloaded) as error:
             if over:  # the target died after its last item
                 return
+            if isinstance(error, Overloaded) and attempt == 0:
+                raise
+            # Who refuses has not died of the request: of several targets, the router may offer such a one for a while.
+            deaths += began or isinstance(error, EngineDied | EngineFailed)
             crashes += isinstance(error, EngineFailed)
-            if attempt == limits.max_replays or crashes == MAX_CRASHES:
+            if deaths > limits.max_replays or crashes == MAX_CRASHES:
                 raise
         attempt += 1
-        await _await_target(backend, limits.timeout_s, deadline, request)
+        give_up = give_up or clock() + limits.timeout_s
+        await _await_target(backend, give_up, limits.timeout_s, deadline, request)
 
 
 async def _next(
@@ -148,16 +156,17 @@ async def _until_serving(backend: Backend, timeout_s: float, deadline: float | N
         raise EngineUnavailable(f"no target answered within {timeout_s:g} s: loading or restarting") from None
 
 
-async def _await_target(backend: Backend, timeout_s: float, deadline: float | None, request: GenerateRequest) -> None:
+async def _await_target(
+    backend: Backend, give_up: float, timeout_s: float, deadline: float | None, request: GenerateRequest
+) -> None:
     """Wait until some target answers; the router may go on offering the dead one for a moment."""
     clock = asyncio.get_running_loop().time
-    give_up = clock() + timeout_s
     while True:
         if deadline is not None and clock() >= deadline:
             raise _too_late(request)
         patience = give_up - clock()
         if patience <= 0:
-            raise EngineUnavailable(f"no target answered within {timeout_s:g} s of the last one's death")
+            raise EngineUnavailable(f"no target went on with it within {timeout_s:g} s of the last one's death")
         await asyncio.sleep(min(PROBE_PAUSE_S, patience))
         try:
             await backend.probe(min(1.0, max(patience, 0.01)))

@@ -13,10 +13,10 @@ from typing import Any
 
 import grpc
 from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from cluster.core.errors import Aborted, EngineFailed, EngineUnavailable, Overloaded, PacelineError
+from cluster.core.errors import Aborted, EngineDied, EngineFailed, EngineUnavailable, Overloaded, PacelineError
 from cluster.core.types import GenerateRequest, Load, ModelInfo, StreamItem
 
 logger = logging.getLogger("ray.serve")
@@ -29,7 +29,7 @@ BROADCAST_TIMEOUT_S = 5.0
 def typed_error(error: BaseException) -> PacelineError:
     """What a failed call to a target means. Errors of ours come back as they were raised there.
 
-    A dead process, whether the target's own or one of its ranks', is ``EngineUnavailable``: another target can go on.
+    ``EngineUnavailable`` and, where a process died, ``EngineDied``: another target can go on.
     """
     while isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
         error = error.cause
@@ -39,8 +39,10 @@ def typed_error(error: BaseException) -> PacelineError:
         return Overloaded("the service's queue is full", error.retry_after_s or 1.0)
     if isinstance(error, TaskCancelledError):
         return Aborted("the request was cancelled")
-    if isinstance(error, RayActorError | RayServeException):
-        return EngineUnavailable("the target serving this request died")
+    if isinstance(error, RayActorError):
+        return EngineDied("the target serving this request died")
+    if isinstance(error, RayServeException):
+        return EngineUnavailable("no target takes requests now")
     logger.error("unexpected error from a target", exc_info=error)
     if isinstance(error, RayError | grpc.RpcError):
         return EngineUnavailable("the target serving this request is out of reach")
@@ -136,25 +138,36 @@ class Targets:
         """(replica name, load) of every target that answered."""
         return sorted(await self._broadcast("load"), key=lambda named: named[0])
 
-    async def _broadcast(self, method: str, *args: Any) -> list[Any]:
-        """Results of those targets that answered."""
+    async def _broadcast(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
+        """Results of those targets that answered in time."""
+        timeout_s = timeout_s or BROADCAST_TIMEOUT_S
         response = self._handle.broadcast(method, *args)
         try:
-            results = await response.results_async(timeout_s=BROADCAST_TIMEOUT_S, return_exceptions=True)
-        except TimeoutError:
-            logger.warning("no answer to %s from the targets within %g s", method, BROADCAST_TIMEOUT_S)
-            return []
-        return [result for result in results if not isinstance(result, BaseException)]
+            async with asyncio.timeout(timeout_s):
+                calls = await response._fetch_replica_results_async()
+        except (TimeoutError, DeploymentUnavailableError):
+            return []  # there is no target now
+        except Exception as error:
+            raise typed_error(error) from None
+        # Serve's own results_async loses all answers for one that is missing.
+        answers = [asyncio.ensure_future(call.get_async()) for call in calls]
+        done, late = await asyncio.wait(answers, timeout=timeout_s)
+        for answer in late:
+            answer.cancel()
+        if late:
+            logger.warning("%d of %d targets did not answer %s in %g s", len(late), len(answers), method, timeout_s)
+        return [answer.result() for answer in done if answer.exception() is None]
 
     async def _refresh_forever(self) -> None:
+        """Serving is who answers for itself, however long the queue before it: not what the router makes of it."""
         while True:
             try:
-                await self.probe(PROBE_TIMEOUT_S)
-                self._set_serving(True)
-            except Overloaded:  # the probe stands behind requests, which tells nothing of the targets
-                pass
+                answers = await self._broadcast("info", timeout_s=PROBE_TIMEOUT_S)
             except PacelineError:
-                self._set_serving(False)
+                answers = []
+            if answers:
+                self._info = answers[0]
+            self._set_serving(bool(answers))
             await asyncio.sleep(REFRESH_S)
 
     def _set_serving(self, serving: bool) -> None:

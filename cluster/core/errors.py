@@ -52,6 +52,10 @@ class EngineUnavailable(PacelineError):
     """No engine can serve the request now (loading, stopped, died). HTTP 503, gRPC UNAVAILABLE."""
 
 
+class EngineDied(EngineUnavailable):
+    """The process of an engine, or of one of its ranks, died with the request in it. Another one can go on."""
+
+
 class EngineFailed(PacelineError):
     """A step of this request crashed the engine. HTTP 500, gRPC INTERNAL."""
 

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from cluster.core.errors import EngineFailed
+from cluster.core.errors import EngineDied
 from cluster.engine.collectives import RankGroup, RankLost
 from cluster.engine.decoder import Decoder
 from cluster.engine.kernels import Kernels, choose_kernels
@@ -92,10 +92,10 @@ class MirroredKVCache(KVCache):
         return moves
 
     def check(self) -> None:
-        """Raises ``EngineFailed`` too, where a rank's keys and values are gone with it."""
+        """Raises ``EngineDied`` too, where a rank's keys and values are gone with it."""
         super().check()
         if reason := self._failure():
-            raise EngineFailed(f"tensor parallel: {reason}")
+            raise EngineDied(f"tensor parallel: {reason}")
 
 
 class ShardedRank(Rank):
@@ -119,12 +119,12 @@ class ShardedRank(Rank):
     ) -> torch.Tensor:
         """See ``Rank.forward``; there are no ``features`` here.
 
-        Raises ``EngineFailed`` where a rank is gone or takes longer than the limit.
+        Raises ``EngineDied`` where a rank is gone or takes longer than the limit.
         """
         if not batch:
             return torch.empty((0, self.config.vocab_size))
         if self._broken:
-            raise EngineFailed(self._broken)
+            raise EngineDied(self._broken)
         step = lay_out(batch, self.kv, self.config.vocab_size)
         self._in_step = True
         try:
@@ -132,7 +132,7 @@ class ShardedRank(Rank):
             logits = self.decoder.forward(step, self.kv, skip, features)
         except RankLost as error:
             self._broken = describe(error, self.crew)
-            raise EngineFailed(self._broken) from error
+            raise EngineDied(self._broken) from error
         except BaseException as error:
             self._broken = f"tensor parallel: {type(error).__name__} within a step; the ranks are out of step"
             raise
@@ -173,7 +173,7 @@ def build_sharded_rank(
     """Rank 0 of ``size``, the others started by ``recruit``; returns once all have loaded their shards.
 
     threads: of each rank; 0 shares torch's number out. Raises ``ConfigError`` for what cannot be served, before any
-    weight is read; ``EngineFailed`` where a rank does not come up.
+    weight is read; ``EngineDied`` where a rank does not come up.
     """
     config = read_config(folder)
     check_size(config, size)
@@ -195,7 +195,7 @@ def build_sharded_rank(
     except RankLost as error:
         reason = describe(error, crew)
         crew.close()
-        raise EngineFailed(reason) from error
+        raise EngineDied(reason) from error
     except BaseException:
         crew.close()
         raise

@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from cluster.core.config import ServiceConfig
-from cluster.core.errors import Aborted, EngineFailed, EngineUnavailable, InvalidArgument, Overloaded
+from cluster.core.errors import Aborted, EngineDied, EngineFailed, InvalidArgument, Overloaded
 from cluster.core.types import (
     EngineStats,
     FinishReason,
@@ -92,7 +92,7 @@ class FakeEngine:
         if mode == Mode.BUG:
             raise RuntimeError("a secret detail")
         if mode == Mode.UNAVAILABLE:
-            raise EngineUnavailable("the engine is stopping")
+            raise EngineDied("a rank is gone")
         if mode == Mode.FAIL_STEP:
             raise EngineFailed("a secret detail")
         if mode == Mode.REFUSE:

@@ -12,6 +12,7 @@ from cluster.core import errors
 from cluster.core.errors import (
     Aborted,
     DeadlineExceeded,
+    EngineDied,
     EngineFailed,
     EngineUnavailable,
     InvalidArgument,
@@ -42,8 +43,8 @@ def test_our_own_errors_come_back_as_they_were_raised(error: PacelineError) -> N
 @pytest.mark.parametrize(
     ("raised", "kind"),
     [
-        (ActorDiedError(), EngineUnavailable),
-        (as_ray_raises_it(ActorDiedError()), EngineUnavailable),
+        (ActorDiedError(), EngineDied),
+        (as_ray_raises_it(ActorDiedError()), EngineDied),
         (BackPressureError(5, 5, 429, 2.0), Overloaded),
         (RequestCancelledError("id"), Aborted),
         (as_ray_raises_it(ValueError("secret")), EngineFailed),
@@ -59,8 +60,9 @@ def test_rays_and_serves_errors_get_a_type_of_ours(raised: Exception, kind: type
 
 def test_every_error_that_a_client_can_cause_has_its_own_status() -> None:
     internal = {errors.EngineFailed, errors.ConfigError, errors.InvalidTree, errors.UnknownSession}
+    assert status_of(EngineDied("x")) is status_of(EngineUnavailable("x"))
     kinds = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, PacelineError)}
-    assert kinds - internal - {PacelineError} == set(STATUSES)
+    assert kinds - internal - {PacelineError, EngineDied} == set(STATUSES)
     assert len({status.http for status in STATUSES.values()}) == len(STATUSES)
 
 

@@ -10,7 +10,7 @@ import pytest
 from doors.conftest import Doors
 from doors.fake_engine import Mode, output_token
 
-from cluster.core.errors import DeadlineExceeded, EngineFailed, EngineUnavailable, Overloaded, PacelineError
+from cluster.core.errors import DeadlineExceeded, EngineDied, EngineFailed, EngineUnavailable, Overloaded, PacelineError
 from cluster.core.types import FinishReason, GenerateRequest, Origin, SamplingParams, SpeculationStats, StreamItem
 from deployments.replay import ReplayLimits, generate
 from protos import generation_pb2 as pb
@@ -73,8 +73,8 @@ async def collect(backend: ScriptedBackend, request: GenerateRequest = REQUEST) 
     return [item async for item in generate(backend, request, LIMITS)]
 
 
-def died() -> EngineUnavailable:
-    return EngineUnavailable("died")
+def died() -> EngineDied:
+    return EngineDied("died")
 
 
 def test_the_client_sees_one_unbroken_stream_over_three_targets() -> None:
@@ -152,6 +152,30 @@ def test_the_requests_own_deadline_ends_the_wait_for_a_target() -> None:
     request = GenerateRequest("r", (100,), SamplingParams(max_tokens=8), timeout_s=0.3)
     with pytest.raises(DeadlineExceeded):
         asyncio.run(collect(ScriptedBackend([(1, died())], answers=False), request))
+
+
+@pytest.mark.parametrize("refusal", [EngineUnavailable("the engine has stopped"), Overloaded("full")])
+def test_targets_that_refuse_a_replay_do_not_use_up_its_deaths(refusal: PacelineError) -> None:
+    """One whose engine has failed is offered by the router until its health checks have, too."""
+    backend = ScriptedBackend([(3, died()), *[(0, refusal)] * 5, (2, died())])
+    items = asyncio.run(collect(backend))
+    assert len([item for item in items if item.token_ids]) == 8
+    assert [request.epoch for request in backend.seen] == list(range(8))
+
+
+def test_a_new_request_is_offered_elsewhere_where_an_engine_has_failed() -> None:
+    backend = ScriptedBackend([(0, EngineUnavailable("the engine has stopped"))] * 4)
+    assert len(asyncio.run(collect(backend))) == 8
+
+
+def test_refusals_go_on_no_longer_than_the_limits_allow() -> None:
+    async def wait() -> None:
+        backend = ScriptedBackend([(1, died()), *[(0, EngineUnavailable("the engine has stopped"))] * 50])
+        async for _ in generate(backend, REQUEST, ReplayLimits(2, 0.5)):
+            pass
+
+    with pytest.raises(EngineUnavailable, match=r"within 0\.5 s"):
+        asyncio.run(wait())
 
 
 def test_a_refusal_is_not_replayed() -> None:

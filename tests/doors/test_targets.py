@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorUnavailableError
-from ray.serve.exceptions import BackPressureError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from cluster.core.errors import EngineUnavailable, Overloaded
 from cluster.core.types import FinishReason, GenerateRequest, Origin, SamplingParams, SpeculationStats, StreamItem
@@ -17,8 +18,24 @@ from deployments.targets import Targets
 REQUEST = GenerateRequest("lost", (1, 2, 3), SamplingParams(), epoch=2, call_id="call")
 
 
+class Reply:
+    """One replica's answer to a broadcast: None never comes."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    async def get_async(self) -> Any:
+        if self.value is None:
+            await asyncio.sleep(60)
+        if isinstance(self.value, Exception):
+            raise self.value
+        return self.value
+
+
 class Handle:
     """A deployment handle with one stream: some items, then ``error``. ``calls``: what was broadcast."""
+
+    replies: Sequence[Reply] = (Reply(True),)
 
     def __init__(self, error: Exception | None, *items: StreamItem) -> None:
         self.error, self.items = error, items
@@ -43,8 +60,10 @@ class Handle:
         self.calls.append(call)
         return self
 
-    async def results_async(self, **options: Any) -> list[bool]:
-        return [True]
+    async def _fetch_replica_results_async(self) -> list[Reply]:
+        if self.error is not None:
+            raise self.error
+        return list(self.replies)
 
 
 async def read(handle: Handle) -> list[StreamItem]:
@@ -65,6 +84,32 @@ def test_a_target_out_of_reach_is_told_to_end_that_attempt() -> None:
     with pytest.raises(EngineUnavailable):
         asyncio.run(read(handle))
     assert handle.calls == [("cancel",), ("abort", "lost", "call", 2)]
+
+
+def test_all_targets_are_asked_and_those_that_answer_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.targets.BROADCAST_TIMEOUT_S", 0.1)
+    view: Any = Targets
+    handle = Handle(None)
+    handle.replies = [Reply(("b", 2)), Reply(None), Reply(EngineUnavailable("failed")), Reply(("a", 1))]
+    assert asyncio.run(view(handle).loads()) == [("a", 1), ("b", 2)]
+    handle.error = DeploymentUnavailableError(DeploymentID("Target", "app"))
+    assert asyncio.run(view(handle).loads()) == []
+    assert not asyncio.run(view(handle).abort("somebody"))
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+def test_one_target_that_answers_makes_the_service_serve(failed: int) -> None:
+    async def refreshed() -> tuple[bool, Any]:
+        handle = Handle(None)
+        handle.replies = [Reply("info"), Reply(EngineUnavailable("the engine is failed"))][:: 1 - 2 * failed]
+        view: Any = Targets
+        targets = view(handle)
+        targets.start()
+        await asyncio.sleep(0.05)
+        await targets.stop()
+        return targets.serving, targets.last_info
+
+    assert asyncio.run(refreshed()) == (True, "info")
 
 
 def test_a_target_that_refuses_or_ends_has_nothing_to_be_told() -> None:

@@ -14,7 +14,7 @@ import torch
 from engine_steps import TREE_PARENTS, chain, path_to, prefill, random_tokens, rows
 from thread_crew import ThreadCrew
 
-from cluster.core.errors import EngineFailed
+from cluster.core.errors import EngineDied
 from cluster.engine import crew
 from cluster.engine.crew import LocalCrew
 from cluster.engine.rank import Rank
@@ -131,11 +131,11 @@ def test_a_killed_rank_is_noticed_between_steps_and_fails_the_next_one(make_mode
     rank.kv.check()
     slot = prefill(rank, PROMPT)
     os.kill(crew_pids(rank)["rank 2"], signal.SIGKILL)
-    with pytest.raises(EngineFailed, match=r"rank 2 \(pid \d+\) ended with exit code -9"):
+    with pytest.raises(EngineDied, match=r"rank 2 \(pid \d+\) ended with exit code -9"):
         rank.forward([chain(slot, TREE)])
-    with pytest.raises(EngineFailed, match="rank 2"):
+    with pytest.raises(EngineDied, match="rank 2"):
         rank.kv.check()
-    with pytest.raises(EngineFailed, match="rank 2"):
+    with pytest.raises(EngineDied, match="rank 2"):
         rank.forward([chain(slot, TREE)])
 
 
@@ -148,7 +148,7 @@ def test_a_hung_rank_fails_the_step_within_its_limit(  # type: ignore[no-untyped
     slot = prefill(rank, PROMPT)
     os.kill(crew_pids(rank)["rank 1"], signal.SIGSTOP)
     start = time.monotonic()
-    with pytest.raises(EngineFailed, match="does not answer"):
+    with pytest.raises(EngineDied, match="does not answer"):
         rank.forward([chain(slot, TREE)])
     assert time.monotonic() - start >= limit_s
     rank.close()
@@ -164,5 +164,5 @@ def test_a_rank_that_cannot_load_is_named_when_the_target_starts(make_model, bui
     def astray(plans: Sequence[RankPlan]) -> LocalCrew:
         return LocalCrew([replace(plan, folder=tmp_path) for plan in plans])
 
-    with pytest.raises(EngineFailed, match=r"rank 1 .* ended with exit code 1"):
+    with pytest.raises(EngineDied, match=r"rank 1 .* ended with exit code 1"):
         build(make_model("llama")[1], "float64", 2, recruit=astray)
