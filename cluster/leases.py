@@ -56,7 +56,7 @@ class RayDraftTransport:
         self._tokenizer_hash = tokenizer_hash
         self._in_background = in_background
         self._workers: dict[tuple[str, str], Any] = {}  # (session, stage) -> actor handle
-        self._tasks: dict[str, list[asyncio.Task[None]]] = {}
+        self._tasks: dict[str, dict[str, asyncio.Task[None]]] = {}  # by session and stage
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="draft-transport", daemon=True)
         self._thread.start()
@@ -82,7 +82,7 @@ class RayDraftTransport:
         """Give every lease back and end the thread."""
 
         async def drain() -> None:
-            tasks = [task for tasks in self._tasks.values() for task in tasks]
+            tasks = [task for tasks in self._tasks.values() for task in tasks.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -97,17 +97,21 @@ class RayDraftTransport:
     # --- on the transport's loop
 
     def _open(self, session_id: str, stages: Sequence[str]) -> None:
-        self._tasks[session_id] = [self._loop.create_task(self._keep_lease(session_id, stage)) for stage in stages]
+        tasks = self._tasks.setdefault(session_id, {})
+        for stage in stages:
+            if stage not in tasks or tasks[stage].done():
+                tasks[stage] = self._loop.create_task(self._keep_lease(session_id, stage))
 
     def _close(self, session_id: str) -> None:
-        for task in self._tasks.pop(session_id, ()):
+        for task in self._tasks.pop(session_id, {}).values():
             task.cancel()
 
     async def _keep_lease(self, session_id: str, stage: str) -> None:
-        """Hold a lease until the session is closed; open another where one ends (ttl, redeploy, scale-down)."""
+        """Hold a lease until the session is closed or its ttl is over; open another where it breaks off."""
         while True:
             try:
                 await self._lease_once(session_id, stage)
+                return
             except ConfigError as error:
                 log.error("stage %s is not used: %s", stage, error)
                 return

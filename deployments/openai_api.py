@@ -297,7 +297,8 @@ def parse_body(kind: type[B], body: bytes) -> B:
         issue = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in issue["loc"])
         if issue["type"] == "extra_forbidden":
-            raise InvalidArgument(name, f"is not a known field; known: {', '.join(_known(kind, issue['loc']))}") from None
+            known = ", ".join(_known(kind, issue["loc"]))
+            raise InvalidArgument(name, f"is not a known field; known: {known}") from None
         raise InvalidArgument(name, issue["msg"].removeprefix("Value error, ")) from None
 
 

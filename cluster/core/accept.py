@@ -67,7 +67,8 @@ def accept(
     position: index in the sequence (prompt and output) of the first token to be chosen, that is the tree's base.
     stop_ids: tokens masked while the output is shorter than min_tokens.
 
-    Raises ``EngineFailed`` for a visited row that is not usable (see ``decide``), ``ValueError`` for a wrong row count.
+    Raises ``EngineFailed`` for a first row that is not usable (see ``decide``), ``ValueError`` for a wrong row count. A
+    later row that is not usable ends the walk before its node.
     """
     if len(rows) != len(tree) + 1:
         raise ValueError(f"{len(rows)} rows for a tree of {len(tree)} nodes")
@@ -76,7 +77,15 @@ def accept(
     decisions: list[Decision] = []
     try:
         while True:
-            decision = decide(rows[node + 1], params, history, position + len(nodes), stop_ids)
+            try:
+                decision = decide(rows[node + 1], params, history, position + len(nodes), stop_ids)
+            except EngineFailed:
+                if not nodes:
+                    raise
+                # Plain decoding would meet this row in a later step, or, behind a stop, never: so shall this session.
+                nodes.pop()
+                history.pop()
+                break
             decisions.append(decision)
             child = tree.child(node, decision.token)
             if child is None:

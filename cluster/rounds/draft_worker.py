@@ -33,6 +33,14 @@ class _Held:
     last_used: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """When a session was ended, and at what length; inf where it was not held."""
+
+    at: float
+    base: float
+
+
 class DraftWorker:
     """One stage's drafter and the sessions it holds, each named by its verifier and session id.
 
@@ -51,7 +59,7 @@ class DraftWorker:
         self._ttl_s = ttl_s
         self._clock = clock
         self._held: dict[str, _Held] = {}
-        self._ended: dict[str, float] = {}
+        self._ended: dict[str, _Ended] = {}
 
     @property
     def num_sessions(self) -> int:
@@ -94,7 +102,9 @@ class DraftWorker:
     def end(self, verifier: str, session_id: str) -> None:
         """Free a session, also one whose start is still on its way: ends and starts come by different routes."""
         now, name = self._clock(), _name(verifier, session_id)
-        self._ended = {other: at for other, at in self._ended.items() if now - at < END_MEMORY_S} | {name: now}
+        held = self._held.get(name)
+        ended = _Ended(now, held.key.base if held else math.inf)
+        self._ended = {other: end for other, end in self._ended.items() if now - end.at < END_MEMORY_S} | {name: ended}
         self._end(name)
 
     def idle_seconds(self, verifier: str, session_id: str) -> float | None:
@@ -105,7 +115,7 @@ class DraftWorker:
     def _follow(self, name: str, ask: DraftAsk) -> bool:
         """Bring the session to ``ask.commit``'s state. False where that takes a resync."""
         target, held = ask.commit.key, self._held.get(name)
-        if ask.start is not None and self._clock() - self._ended.get(name, -math.inf) < END_MEMORY_S:
+        if ask.start is not None and self._overtaken(name, target):
             return False
         if ask.start is not None and (held is None or _newer(target, held.key)):
             start = ask.start
@@ -128,6 +138,11 @@ class DraftWorker:
             return False
         held.key = target
         return True
+
+    def _overtaken(self, name: str, start: TreeKey) -> bool:
+        """Whether it is from before the session's end. One that was set aside begins again with more text."""
+        ended = self._ended.get(name)
+        return ended is not None and self._clock() - ended.at < END_MEMORY_S and start.base <= ended.base
 
     def _hints(self, verifier: str, upstream: DraftReply | None, keys: dict[str, TreeKey]) -> dict[str, TokenTree]:
         """The upstream stage's trees that hang on exactly the state asked about; rubbish is left out."""

@@ -118,7 +118,7 @@ class Drafting:
         caps = {session.id: self.cap(session) for session in sessions}
         if self._local is not None:
             free = [s for s in sessions if s.id not in found and caps[s.id] > 0 and self._may_ask_local(s)]
-            found |= self._ask_local(self._local, free, caps, context)
+            found |= self._ask_local(self._local, free, caps, self._governor.token_seconds(len(sessions), context))
         return [
             found[session.id].prune(caps[session.id], session.max_depth) if session.id in found else TokenTree.empty()
             for session in sessions
@@ -177,14 +177,15 @@ class Drafting:
         return self._local is not None and self._local.stage.name.lower() in stages
 
     def _ask_local(
-        self, local: GuardedDrafter, sessions: Sequence[Session], caps: Mapping[str, int], context: float
+        self, local: GuardedDrafter, sessions: Sequence[Session], caps: Mapping[str, int], token_s: float
     ) -> dict[str, TokenTree]:
+        """``token_s``: what a token must save to pay, of a step that all sessions wait for, not these alone."""
         if not sessions:
             return {}
         gate, always = self._governor.gate, self._governor.always
         chosen = {session.id for session in sessions if always or not engine_chooses(session)}
         open_to_choice = [session.id for session in sessions if session.id not in chosen]
-        chosen |= gate.choose(open_to_choice, self._governor.token_seconds(len(sessions), context))
+        chosen |= gate.choose(open_to_choice, token_s)
         asks = [Ask(s.id, self._ask_size(s, caps[s.id]), s.max_depth) for s in sessions if s.id in chosen]
         if not asks:
             return {}

@@ -60,9 +60,12 @@ class ModeChooser:
             self.rounds[mode] += 1
             self.steps[mode] = MEMORY * self.steps.get(mode, 0.0) + steps
 
-    def choose(self, modes: Sequence[str]) -> str:
-        """The best of ``modes``, or another that is due for a look."""
+    def choose(self, modes: Sequence[str], measurable: bool = True) -> str:
+        """The best of ``modes``, or another that is due for a look; of those that are known where nothing can be
+        learnt from this round."""
         self.offered = modes
+        if not measurable:
+            return max((mode for mode in modes if self.rounds[mode] >= MIN_ROUNDS), key=self.speed, default=modes[0])
         best = self.best(modes)
         if self.rounds[best] >= MIN_ROUNDS:
             self.in_use = best

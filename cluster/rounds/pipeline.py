@@ -28,6 +28,8 @@ from cluster.rounds.stage_record import StageRecord
 log = logging.getLogger(__name__)
 
 START_INTERVAL_S = 1.0  # a stage is sent a session's start this often at most
+LEASE_INTERVAL_S = 1.0  # a session's missing leases are asked for so often at most
+LEASE_PATIENCE_S = 5.0  # from a session that has no worker after so long nothing is expected
 MAX_DEPTH = 32
 REPLY_WEIGHT = 0.1  # of the newest reply in how long replies take
 
@@ -50,7 +52,8 @@ class DraftTransport(Protocol):
     """Carries asks to draft workers. No method blocks; ``draft`` may drop, delay, repeat or reorder replies."""
 
     def open(self, session_id: str, stages: Sequence[str]) -> None:
-        """Get the session a worker of each stage, in the background."""
+        """Get the session a worker of each stage of which it has none, in the background. One may be lost again, for
+        instance because nobody asked for long."""
         ...
 
     def worker(self, session_id: str, stage: str) -> Hashable:
@@ -116,11 +119,15 @@ class Pipeline:
             self.lease(session.id, stages)
 
     def lease(self, session_id: str, stages: Sequence[str]) -> None:
-        """Have leases opened for a session that has none yet."""
-        known = self._sessions.get(session_id)
-        if known is not None and not known.leased:
-            known.leased = True
-            self._transport.open(session_id, [stage for stage in self.stages if stage in stages])
+        """Have leases opened of those of ``stages`` of which the session has none. May be called in every round."""
+        known, now = self._sessions.get(session_id), self._clock()
+        wanted = [stage for stage in self.stages if stage in stages]
+        if known is None or now - known.leased_s < LEASE_INTERVAL_S:
+            return
+        first = known.leased_s == -math.inf
+        if first or any(self._transport.worker(session_id, stage) is None for stage in wanted):
+            known.leasing_s, known.leased_s = min(known.leasing_s, now), now
+            self._transport.open(session_id, wanted)
 
     def close(self, session_id: str) -> None:
         """Let the session's workers go. Those that follow it are told the rest of its text first."""
@@ -130,7 +137,7 @@ class Pipeline:
                 return
             followers = [s for s in self.stages if s in known.held and self._in_use(session_id, s)]
             self._waste(known.unverified())
-        if known.leased:
+        if known.leased_s > -math.inf:
             rest = [ChainAsk(session_id, {stage: _ask(known, stage, 0)}) for stage in followers]
             if rest:
                 self._transport.draft(rest, self._deliver, self._failed)
@@ -166,8 +173,8 @@ class Pipeline:
             return any(self._in_use(session_id, stage) for session_id in session_ids for stage in self.stages)
 
     def follows(self, session_ids: Iterable[str]) -> bool:
-        """Whether each of these sessions is held by a worker that is in use, or has none but broken ones: they may stay
-        so for long."""
+        """Whether each of these sessions is held by a worker that is in use, or need not be waited for: it has none but
+        broken ones, or none at all for long."""
         with self._arrived:
             return all(
                 (known := self._sessions.get(session_id)) is not None
@@ -282,9 +289,11 @@ class Pipeline:
         return self._usable(stage, self._transport.worker(session_id, stage))
 
     def _stranded(self, session_id: str) -> bool:
-        """Whether the session has workers, all of them left out."""
+        """Whether the session has workers, all of them left out, or has waited for one for long."""
         workers = [(s, worker) for s in self.stages if (worker := self._transport.worker(session_id, s)) is not None]
-        return bool(workers) and not any(self._usable(stage, worker) for stage, worker in workers)
+        if not workers:
+            return self._clock() - self._sessions[session_id].leasing_s > LEASE_PATIENCE_S
+        return not any(self._usable(stage, worker) for stage, worker in workers)
 
     def _due_probe(self, places: Iterable[tuple[str, str]]) -> tuple[str, Hashable] | None:
         """Of the workers (session, stage) that are left out, the one whose turn it is, and of which stage.

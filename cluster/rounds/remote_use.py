@@ -52,7 +52,8 @@ class RemoteUse:
         names = {session.id for session, _ in free}
         reachable = self._pipeline is not None and (self._always or self._pipeline.reachable(names))
         if free:
-            self.mode = self._choose(reachable, two_groups)
+            # Who named stages slows a round down by what is not the free ones' doing: such a round is not measured.
+            self.mode = self._choose(reachable, two_groups, measurable=not named)
         if self._pipeline is not None:
             under_way = self._ask(self._pipeline, free, named, reachable, two_groups)
             if self.mode in FROM_STAGES and not names <= under_way:
@@ -79,12 +80,11 @@ class RemoteUse:
         together = self._always or probing or pipeline.follows(names)
         return pipeline.ask([*((session, stages, nodes if together else 0) for session, nodes in free), *named])
 
-    def _choose(self, reachable: bool, two_groups: bool) -> str:
-        if not reachable:
-            return self._usual[0] if self._always else self._modes.choose(self._usual)
+    def _choose(self, reachable: bool, two_groups: bool, measurable: bool) -> str:
         if self._always:
-            return ALTERNATING if two_groups else REMOTE
-        return self._modes.choose([*self._usual, *(FROM_STAGES if two_groups else (REMOTE,))])
+            return (ALTERNATING if two_groups else REMOTE) if reachable else self._usual[0]
+        remote = () if not reachable else FROM_STAGES if two_groups else (REMOTE,)
+        return self._modes.choose([*self._usual, *remote], measurable)
 
     def _fallback(self) -> str:
         return self._usual[0] if self._always else self._modes.best(self._usual)

@@ -21,7 +21,7 @@ from cluster.core.types import Commit, FinishReason, GovernorReport, Origin, Str
 from cluster.engine.step_cost import CostCurve
 from cluster.engine.verifier import Prefill, Verifier, Verify
 from cluster.rounds.admission import Placement, PrefixCache, WaitingQueue, choose_victim
-from cluster.rounds.drafting import Drafting, engine_chooses
+from cluster.rounds.drafting import Drafting
 from cluster.rounds.governor import Governor, RoundSpent, Shape
 from cluster.rounds.guard import GuardedDrafter
 from cluster.rounds.meter import Meter
@@ -192,8 +192,9 @@ class Scheduler:
                 if self._prefilled[session.id] == session.base - 1:
                     session.phase = Phase.DECODE
         blocks, spent = self._verifier.step(prefills, verifies)
-        self._learn(decoding, trees, blocks, shape)
-        outcomes, commits = self._commit(decoding, trees, blocks)
+        price = self.governor.price_of_nodes(shape)
+        self.governor.learn([block.tokens if isinstance(block, Accepted) else None for block in blocks])
+        outcomes, commits = self._commit(decoding, trees, blocks, price)
         self._drafting.ask(commits)
         total = time.perf_counter() - start
         parts = RoundSpent(drafted - start, spent.forward, spent.accept, total)
@@ -252,25 +253,15 @@ class Scheduler:
             room -= len(chunk)
         return chunks
 
-    def _learn(
+    def _commit(
         self,
         decoding: Sequence[Session],
         trees: Sequence[TokenTree],
         blocks: Sequence[Accepted | EngineFailed],
-        shape: Shape,
-    ) -> None:
-        """What came of the guesses: of all that were offered, and of those that were verified."""
-        price = self.governor.price_of_nodes(shape)
-        self.governor.learn([block.tokens if isinstance(block, Accepted) else None for block in blocks])
-        for session, tree, block in zip(decoding, trees, blocks):
-            if isinstance(block, Accepted):
-                self._drafting.verified(session, tree, len(block.nodes), price * len(tree))
-                self.meter.verified(tree, block.nodes)
-
-    def _commit(
-        self, decoding: Sequence[Session], trees: Sequence[TokenTree], blocks: Sequence[Accepted | EngineFailed]
+        price: float,
     ) -> tuple[list[Outcome], list[tuple[Session, Commit]]]:
-        """Stop rules, statistics and release of what ended; the commits of the sessions that go on."""
+        """Stop rules, statistics and release of what ended; the commits of the sessions that go on. ``price``: tokens
+        that verifying a node cost."""
         outcomes: list[Outcome] = []
         commits: list[tuple[Session, Commit]] = []
         for session, tree, block in zip(decoding, trees, blocks):
@@ -285,6 +276,9 @@ class Scheduler:
                 outcomes.append(self._fail(session, EngineFailed(f"{type(error).__name__} in the session's text")))
                 continue
             outcomes.append(Outcome(session, item))
+            accepted = block.nodes[: len(item.token_ids)]  # what lies behind a stop is dropped everywhere
+            self._drafting.verified(session, tree, len(accepted), price * len(tree))
+            self.meter.verified(tree, accepted)
             now = self._clock()
             self.meter.emitted(session, item, now)
             if session.finish_reason is not None:
@@ -325,7 +319,9 @@ class Scheduler:
         self.study_time.earn(spent.total)
         decoded = [outcome for outcome in outcomes if outcome.item is not None]
         tokens = sum(len(outcome.item.token_ids) for outcome in decoded if outcome.item)
-        chosen = mode != MIXED and all(engine_chooses(outcome.session) for outcome in decoded)
+        wishes = [outcome.session.request.speculation for outcome in decoded]
+        # One without guesses yields its token in every mode; one whose client named its stages would tell of these.
+        chosen = any(wish.enabled for wish in wishes) and all(not w.enabled or w.stages is None for w in wishes)
         self.governor.observe(mode if chosen else MIXED, shape, tokens, spent)
         speeds = self.governor.modes
         named = ", ".join(f"{name} {speeds.speed(name):.2f}" for name in speeds.steps)

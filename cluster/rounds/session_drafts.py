@@ -76,8 +76,8 @@ class SessionDrafts:
 
     ``present``: the state last asked about; the session itself may be moving on while a reply is looked at. ``chain``,
     ``heard``, ``trees``: stages of the ask under way and their workers, those that answered it, and with what;
-    ``asked_s``: when it was sent; ``silent_since``: by stage, the first ask since its last answer. ``leased``: whether
-    workers were asked for.
+    ``asked_s``: when it was sent; ``silent_since``: by stage, the first ask since its last answer. ``leasing_s``,
+    ``leased_s``: when workers were first and last asked for.
     ``newest``: the last draft that came, in time or not; ``verified``: how many of its nodes were; ``cached``: what the
     latest tokens have left of it.
     """
@@ -85,7 +85,8 @@ class SessionDrafts:
     session: Drafted
     held: dict[str, int] = field(default_factory=dict)
     started: dict[str, float] = field(default_factory=dict)
-    leased: bool = False
+    leasing_s: float = math.inf
+    leased_s: float = -math.inf
     present: TreeKey | None = None
     asked_s: float = -math.inf
     silent_since: dict[str, float] = field(default_factory=dict)

@@ -240,11 +240,21 @@ def test_rows_off_the_walk_are_not_read() -> None:
     assert walk(rows, EXAMPLE) == ([0], [5, 3])
 
 
-def test_a_bad_row_on_the_walk_leaves_the_history_as_it_was() -> None:
+def test_a_bad_row_ends_the_walk_before_its_node() -> None:
+    """Plain decoding emits what comes before it, and never computes it where that is a stop."""
     rows = one_hot_rows(5, 6, 0, 0, 0, 0)
     rows[3] = np.nan
     history = History([1], [2, 2], GREEDY)
-    with pytest.raises(EngineFailed, match="position 12"):
+    accepted = accept(rows, EXAMPLE, GREEDY, history, 10, NO_STOPS)
+    assert (accepted.nodes, accepted.tokens, len(accepted.margins)) == ((0,), (5, 6), 2)
+    assert history.output_len == 2
+
+
+def test_a_bad_first_row_fails_and_leaves_the_history_as_it_was() -> None:
+    rows = one_hot_rows(5, 6, 0, 0, 0, 0)
+    rows[0] = np.nan
+    history = History([1], [2, 2], GREEDY)
+    with pytest.raises(EngineFailed, match="position 10"):
         accept(rows, EXAMPLE, GREEDY, history, 10, NO_STOPS)
     assert history.output_len == 2
 

@@ -190,3 +190,12 @@ def test_a_start_that_its_sessions_end_has_overtaken_begins_nothing() -> None:
     assert host.num_sessions == 0
     now = END_MEMORY_S
     assert host.draft("v", [start(5)]).trees["s"].key == key(5)
+
+
+def test_a_session_that_was_set_aside_begins_again_at_once() -> None:
+    drafter = ScriptedDrafter(lambda tokens, ask: TokenTree.chain([tokens[-1]], stage=1))
+    host = DraftWorker("small", drafter, clock=lambda: 0.0)
+    host.draft("v", [start(5)])
+    host.end("v", "s")
+    assert host.draft("v", [start(5)]).reports[-1].resync == ("s",)  # from before it was set aside
+    assert host.draft("v", [start(6)]).trees["s"].key == key(6)

@@ -164,6 +164,16 @@ def test_a_mode_that_is_no_way_any_more_keeps_nobody_from_looking_at_the_others(
     assert used[-500:].count("remote") > 400
 
 
+def test_where_rounds_cannot_be_measured_no_unknown_mode_is_tried() -> None:
+    chooser = ModeChooser()
+    assert chooser.choose(["local", "plain", "remote"], measurable=False) == "local"
+    for _ in range(10):
+        chooser.observe("local", 1.0, 1.0)
+    for _ in range(10):
+        chooser.observe("plain", 1.0, 0.8)
+    assert {chooser.choose(["local", "plain", "remote"], measurable=False) for _ in range(200)} == {"plain"}
+
+
 def test_a_mode_that_is_hardly_better_is_not_worth_a_change() -> None:
     chooser = ModeChooser()
     used = run(chooser, 500, {"local": 1.0, "remote": 0.97})

@@ -14,7 +14,7 @@ from cluster.core.types import Origin
 from cluster.rounds.breaker import MISSES_TO_OPEN
 from cluster.rounds.draft_worker import DraftWorker
 from cluster.rounds.messages import DraftReply, StageReport
-from cluster.rounds.pipeline import ChainAsk
+from cluster.rounds.pipeline import LEASE_INTERVAL_S, LEASE_PATIENCE_S, ChainAsk
 
 WORKER = "one that answers"
 
@@ -158,6 +158,33 @@ def test_sessions_all_of_whose_workers_are_left_out_hold_nobody_up() -> None:
         rig.pipeline._failed("small", broken, [other.id])
     assert rig.pipeline.broken
     assert rig.pipeline.follows([rig.session.id, other.id])
+
+
+def test_a_session_that_gets_no_worker_holds_nobody_up_for_long() -> None:
+    rig = Rig(("small",))
+    other = session("other")
+    rig.pipeline.open(other, rig.pipeline.stages)
+    rig.transport.close(other.id)
+    assert not rig.pipeline.follows([rig.session.id, other.id])
+    rig.now += LEASE_PATIENCE_S
+    assert rig.pipeline.follows([rig.session.id, other.id])
+    assert not rig.pipeline.follows(["unknown"])
+
+
+def test_a_lost_lease_is_asked_for_again_but_not_in_every_round() -> None:
+    rig = Rig(("small",))
+    opened: list[str] = []
+    rig.transport.open = lambda name, stages: opened.append(name)  # type: ignore[method-assign]
+    for _ in range(5):
+        rig.pipeline.lease(rig.session.id, rig.pipeline.stages)
+    assert opened == []
+    rig.now += LEASE_INTERVAL_S
+    rig.pipeline.lease(rig.session.id, rig.pipeline.stages)
+    assert opened == []  # it has its worker
+    rig.transport.close(rig.session.id)
+    for _ in range(5):
+        rig.pipeline.lease(rig.session.id, rig.pipeline.stages)
+    assert opened == [rig.session.id]
 
 
 def test_a_stage_that_always_answers_late_stays_left_out() -> None:
