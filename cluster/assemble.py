@@ -77,7 +77,8 @@ def load_target(
     report(f"loading {model.name} ({config.architecture}, {model.dtype})")
     rank = _build(folder, model, engine, max_model_len, recruit)
     tokenizer = load_tokenizer(folder)
-    path = curve_path(folder, model.dtype, f"{rank.kernels} x {model.tensor_parallel_size}", model.threads)
+    kernels = f"{rank.kernels} x {model.tensor_parallel_size}"
+    path = curve_path(folder, model.dtype, kernels, model.threads, max_model_len)
     curve = kept_curve(rank, engine.max_rows, path, report)
     steps = ", ".join(f"{rows}: {1e3 * seconds:.1f}" for rows, seconds in zip(curve.rows, curve.seconds))
     report(

@@ -104,6 +104,7 @@ class VllmEngine:
         outputs = self._start_request(request, session)
         call = self._calls[request.request_id] = _Call(request, session.id)
         deadline = None if request.timeout_s is None else asyncio.get_running_loop().time() + request.timeout_s
+        guesses = self._speculates and request.speculation.enabled
         try:
             await self._attach()
             while session.finish_reason is None:
@@ -114,8 +115,9 @@ class VllmEngine:
                 (completion,) = output.outputs
                 session.cached_tokens = output.num_cached_tokens or 0
                 if token_ids := completion.token_ids:
-                    guessed = len(token_ids) - 1  # a step yields the guesses it accepted, and one token more
-                    origins = [self._guesser] * guessed + [Origin.TARGET]
+                    # A step yields the guesses it accepted, and one token more. Where nobody guesses, it was several.
+                    guessed = len(token_ids) - 1 if guesses else 0
+                    origins = [self._guesser if guesses else Origin.TARGET] * (len(token_ids) - 1) + [Origin.TARGET]
                     item, _ = session.advance(token_ids, origins, guessed)
                     yield item
                 if output.finished and session.finish_reason is None:

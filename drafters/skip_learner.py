@@ -30,10 +30,12 @@ SAVE_EVERY = 50  # candidates scored between two savings of the search's state
 class _Text:
     """A session's tokens (the drafter's own list, which grows), and how far they are ``computed`` and ``studied``.
 
-    computed: positions whose K/V is in the slot; studied: those that were part of a window, or belong to the prompt.
+    computed: positions whose K/V is in the slot; studied: those that were part of a window, or belong to the prompt;
+    tenant: whose K/V that is: a session that asks for no guesses takes a slot without a word to any drafter.
     """
 
     slot: int
+    tenant: int
     tokens: Sequence[int]
     params: SamplingParams
     studied: int
@@ -61,7 +63,8 @@ class SkipLearner:
     def begin(self, session_id: str, slot: int, tokens: Sequence[int], prompt_len: int, params: SamplingParams) -> None:
         self._forget(slot)
         if not params.has_penalties:  # what such a session says next takes its whole history to know
-            self._running[session_id] = _Text(slot, tokens, params, max(0, prompt_len - 1))
+            tenant = self._rank.kv.tenant(slot)
+            self._running[session_id] = _Text(slot, tenant, tokens, params, max(0, prompt_len - 1))
 
     def computed(self, session_id: str, length: int) -> None:
         """The K/V of the session's first ``length`` tokens is in its slot."""
@@ -89,6 +92,8 @@ class SkipLearner:
 
     def _next(self) -> frozenset[int] | None:
         """What to score on the window that is open, or on a new one; None where there is no more text."""
+        for slot in {text.slot for text in self._left.values() if self._rank.kv.tenant(text.slot) != text.tenant}:
+            self._forget(slot)
         skip = self.search.ask() if self._window is not None else None
         if skip is None:
             self._window = self._fresh_window()

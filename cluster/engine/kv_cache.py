@@ -140,8 +140,8 @@ class KVCache(KVStore):
         return self._owned(slot).length
 
     def tenant(self, slot: int) -> int:
-        """The number of who holds the slot."""
-        return self._owned(slot).tenant
+        """The number of who holds the slot, or of a free one's last tenant."""
+        return self._slots[slot].tenant
 
     def add_scratch(self, rows: SlotRows) -> list[Int32Array]:
         """Record the rows a step is about to write; what lay behind ``scratch_start`` is void.

@@ -97,6 +97,18 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
 
+def _refuse_what_is_lost(file: Path, converted: int) -> None:
+    """transformers passes over what it does not know: RoPE scaling, for one, without which all positions are wrong."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    scaled = [name for name in reader.fields if name.endswith(".rope.scaling.type")]
+    kinds = {str(reader.fields[name].contents()) for name in scaled} - {"none"}
+    if kinds or len(reader.tensors) != converted:
+        lost = f"RoPE scaling {sorted(kinds)}" if kinds else f"{len(reader.tensors) - converted} of its tensors"
+        raise ConfigError(f"model.source: {file.name}: {lost} would be lost; allowed: the model as safetensors")
+
+
 def _convert(file: Path, folder: Path, report: Report) -> None:
     """Write the fp32 model folder of a GGUF file, with the names and the layout of the stock model."""
     import torch
@@ -113,6 +125,7 @@ def _convert(file: Path, folder: Path, report: Report) -> None:
         model = AutoModelForCausalLM.from_config(config)
     report("reading tensors")
     tensors = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)["tensors"]
+    _refuse_what_is_lost(file, len(tensors))
     report("writing safetensors")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     config.architectures = [type(model).__name__]

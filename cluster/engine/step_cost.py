@@ -65,12 +65,16 @@ def measure_steps(rank: Rank, max_rows: int) -> CostCurve:
     must not become the price of one width for as long as the engine lives.
     """
     widths = (*(width for width in WIDTHS if width < max_rows), max_rows)
-    near = min(CONTEXT, rank.kv.capacity // 2)
-    far = min(FAR_CONTEXT, rank.kv.capacity)
+    near, far = contexts(rank.kv.capacity)
     seconds = _least_seconds(rank, widths, near)
     further = _least_seconds(rank, widths, far)
     slopes = accumulate((max(0.0, b - a) / (far - near) for a, b in zip(seconds, further)), max)
     return CostCurve(widths, tuple(accumulate(seconds, max)), tuple(slopes), near)
+
+
+def contexts(capacity: int) -> tuple[int, int]:
+    """The two lengths of context that a curve is measured behind."""
+    return min(CONTEXT, capacity // 2), min(FAR_CONTEXT, capacity)
 
 
 def kept_curve(rank: Rank, max_rows: int, path: Path, report: Callable[[str], None] = log.info) -> CostCurve:
@@ -104,9 +108,11 @@ def still_holds(rank: Rank, curve: CostCurve) -> bool:
     return True
 
 
-def curve_path(folder: Path, dtype: str, kernels: str, threads: int) -> Path:
-    """Where the curve of this model is kept, by all it depends on: weights, dtype, kernels, code, threads, hardware."""
+def curve_path(folder: Path, dtype: str, kernels: str, threads: int, capacity: int) -> Path:
+    """Where the curve of this model is kept, by all it depends on: weights, dtype, kernels, code, threads, the contexts
+    that a slot of ``capacity`` allows, hardware."""
     parts: list[object] = [folder.resolve(), dtype, kernels, threads or torch.get_num_threads(), cpu_name()]
+    parts += contexts(capacity)
     parts += [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
     parts += [torch.__version__, (folder / "config.json").read_text()]
     parts += [source.read_text() for source in sorted(Path(__file__).parent.iterdir()) if source.is_file()]

@@ -30,6 +30,8 @@ __all__ = [
 ]
 
 WHOLE = Shard()
+STORED = ("F64", "F32", "BF16", "F16")
+"""What weights may be stored as. Quantised ones have the stock names, too, but mean nothing without their scales."""
 
 
 def load_weights(
@@ -37,8 +39,8 @@ def load_weights(
 ) -> dict[str, torch.Tensor]:
     """All tensors the decoder needs, by their stock names, converted to ``dtype``; of each, the shard's part only.
 
-    ``config`` is the whole model's. Raises ``ConfigError`` naming tensors that are missing or of another shape than the
-    configuration says.
+    ``config`` is the whole model's. Raises ``ConfigError`` naming tensors that are missing, quantised, or of another
+    shape than the configuration says.
     """
     expected = dict(_expected_shapes(config))
     weights: dict[str, torch.Tensor] = {}
@@ -48,6 +50,9 @@ def load_weights(
             for name in expected.keys() & set(tensors.keys()):
                 found.add(name)
                 stored = tensors.get_slice(name)
+                if stored.get_dtype() not in STORED:
+                    kinds = f"{stored.get_dtype()} in {folder}; allowed: {', '.join(STORED)}, not quantised"
+                    raise ConfigError(f"model: {name} is {kinds}")
                 if tuple(stored.get_shape()) != expected[name]:
                     shapes = f"{tuple(stored.get_shape())} in {folder}, config.json says {expected[name]}"
                     raise ConfigError(f"model: {name} is {shapes}")

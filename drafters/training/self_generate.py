@@ -46,6 +46,7 @@ OPENINGS = (
     ("Write a Python function", "Write a program that", "Extract the", "Rewrite", "Classify the following"),
 )
 MAX_ROWS = 64
+OPENING_ROOM, JOINT_ROOM = 64, 32  # tokens that a template usually takes; a chat that would need more ends earlier
 
 
 @dataclass(slots=True)
@@ -139,9 +140,10 @@ class ChatWriter:
             chat.turns_left -= 1
         elif end - chat.turn_start < args.min_user_tokens:
             return False
-        joint = self._encode(self._frame.to_user if chat.replying else self._frame.to_reply)
-        longest = end + len(joint) + args.user_tokens + args.reply_tokens
-        if chat.replying and (chat.turns_left == 0 or longest > kv.capacity):
+        to_user, to_reply = self._encode(self._frame.to_user), self._encode(self._frame.to_reply)
+        joint = to_user if chat.replying else to_reply
+        ahead = len(to_reply) + args.reply_tokens + (len(to_user) + args.user_tokens if chat.replying else 0)
+        if end + ahead > kv.capacity or (chat.replying and chat.turns_left == 0):
             return False
         del chat.text[end:]
         chat.text += joint
@@ -207,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 < args.slots < MAX_ROWS:
         parser.error(f"--slots: {args.slots} is not allowed; allowed: 1 to {MAX_ROWS - 1}")
     folder = resolve_model(args.model, lambda line: print(line, file=sys.stderr))
-    longest = args.max_turns * (args.user_tokens + args.reply_tokens + 32)
+    longest = OPENING_ROOM + args.max_turns * (args.user_tokens + args.reply_tokens + JOINT_ROOM)
     rank = build_rank(
         folder, args.dtype, num_slots=args.slots, capacity=longest, scratch=MAX_ROWS, threads=args.threads
     )

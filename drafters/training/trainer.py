@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,7 +46,7 @@ class Trainer(ABC):
         self.head_tokens = torch.tensor(frequent_tokens(args.chats, vocab_size, args.head_tokens))
         self.whole_head: Tensor = self.target.get_output_embeddings().weight
         self.head = self.whole_head[self.head_tokens].clone()
-        args.work.mkdir(parents=True, exist_ok=True)
+        claim(args.work, {"model": model_digest(folder), "text": text_digest(pieces), "batch size": args.batch_tokens})
         self.teacher = Teacher(self.target, args.work, pieces[-1].start + len(pieces[-1].tokens))
         self._schedule = schedule(self.training, args.batch_tokens, args.epochs, args.seed)
         self.num_steps = len(self._schedule)
@@ -104,6 +106,29 @@ class Trainer(ABC):
         with torch.no_grad():
             for name, value in self.trained().items():
                 value.copy_(state["weights"][name])
+
+
+def claim(work: Path, run: Mapping[str, Any]) -> None:
+    """Note in ``work`` whose states are kept there. Raises ``ConfigError`` where they are another run's."""
+    work.mkdir(parents=True, exist_ok=True)
+    note = work / "run.json"
+    there = json.loads(note.read_text()) if note.is_file() else run
+    if other := [name for name in run if there.get(name) != run[name]]:
+        raise ConfigError(
+            f"--work: {work} holds a run of another {' and '.join(other)}; allowed: its own, or a new one"
+        )
+    note.write_text(json.dumps(run))
+
+
+def model_digest(folder: Path) -> str:
+    return hashlib.sha256(f"{folder.resolve()}\0{(folder / 'config.json').read_text()}".encode()).hexdigest()[:20]
+
+
+def text_digest(pieces: Sequence[Piece]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(np.array([piece.start, *piece.tokens], np.int64).tobytes())
+    return digest.hexdigest()[:20]
 
 
 def run(kind: Callable[[Path, argparse.Namespace], Trainer], args: argparse.Namespace) -> dict[str, Any]:

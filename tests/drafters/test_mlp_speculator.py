@@ -158,6 +158,15 @@ def test_training_lowers_the_loss_and_goes_on_where_it_was(target: Path, chats: 
     load_mlp(args.out, target, make_rank(target, "float32"))
 
 
+def test_a_folder_of_another_run_is_not_gone_on_with(target: Path, chats: Path, tmp_path: Path) -> None:
+    args = arguments(target, chats, tmp_path / "head")
+    train_head.HeadTrainer(target, args)
+    train_head.HeadTrainer(target, args)
+    args.longest = 3
+    with pytest.raises(ConfigError, match=r"--work: .* holds a run of another text; allowed"):
+        train_head.HeadTrainer(target, args)
+
+
 def test_another_models_network_is_refused(target: Path, tmp_path: Path) -> None:
     other = save_target(tmp_path / "other", words="v")
     with pytest.raises(ConfigError, match="another model"):

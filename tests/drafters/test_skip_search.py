@@ -328,6 +328,15 @@ def test_a_slot_somebody_else_has_moved_into_is_not_studied() -> None:
     assert not drafter.study()
 
 
+def test_nor_one_that_a_session_without_guesses_has_taken() -> None:
+    rank, slots = tiny_rank(num_slots=1), dict[str, int]()
+    drafter = drafting(rank, slots)
+    serve(drafter, rank, slots, "a", 0)
+    assert drafter.study()
+    filled(rank, random_tokens(5, 8))  # no drafter hears of it
+    assert not drafter.study()
+
+
 def test_the_set_that_drafts_is_the_searchs_incumbent_and_is_kept_for_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,12 +67,13 @@ def test_a_file_that_is_no_curve_is_as_good_as_none(tmp_path, text):
 def test_the_path_tells_what_the_curve_depends_on(make_model, tmp_path, monkeypatch):
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path))
     folders = [make_model("llama")[1], make_model("qwen2")[1]]
-    base = (folders[0], "bfloat16", "native", 2)
+    base = (folders[0], "bfloat16", "native", 2, 2048)
     others = [
-        (folders[1], "bfloat16", "native", 2),
-        (folders[0], "float32", "native", 2),
-        (folders[0], "bfloat16", "torch", 2),
-        (folders[0], "bfloat16", "native", 1),
+        (folders[1], "bfloat16", "native", 2, 2048),
+        (folders[0], "float32", "native", 2, 2048),
+        (folders[0], "bfloat16", "torch", 2, 2048),
+        (folders[0], "bfloat16", "native", 1, 2048),
+        (folders[0], "bfloat16", "native", 2, 32),  # too short for what the others were measured behind
     ]
-    assert curve_path(*base) == curve_path(*base)
-    assert len({curve_path(*key) for key in [base, *others]}) == 5
+    assert curve_path(*base) == curve_path(*base[:-1], 8192)
+    assert len({curve_path(*key) for key in [base, *others]}) == 6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 
+import numpy as np
 import pytest
 import torch
 from engine_steps import chain, random_tokens
@@ -35,6 +36,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
         (lambda: LlamaConfig(num_attention_heads=32, num_key_value_heads=5), r"num_key_value_heads: 5.*divisor of 32"),
         (lambda: MistralConfig(attention_bias=True), r"attention_bias: True.*false for mistral"),
         (lambda: Qwen3Config(mlp_bias=True), r"mlp_bias: True.*false for qwen3"),
+        (lambda: LlamaConfig(quantization_config={"quant_method": "fp8"}), r"quant_method: 'fp8'.*none"),
     ],
 )
 def test_what_would_compute_differently_is_refused_naming_key_value_and_choices(config, message):
@@ -75,6 +77,40 @@ def test_shards_are_read_and_missing_or_misshapen_tensors_are_named(make_model, 
     save_file({"model.norm.weight": torch.ones(5)}, tmp_path / "model-00003.safetensors")
     with pytest.raises(ConfigError, match=r"model.norm.weight is \(5,\)"):
         load_weights(tmp_path, config, torch.float32)
+
+
+def test_quantised_weights_are_not_taken_for_weights(make_model, tmp_path):
+    folder = make_model("llama")[1]
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for kind in (torch.float8_e4m3fn, torch.int8):
+        save_file(tensors | {name: tensors[name].to(kind)}, tmp_path / "model.safetensors")
+        with pytest.raises(ConfigError, match=rf"{name} is (F8_E4M3|I8) .*allowed: F64, F32, BF16, F16"):
+            load_weights(tmp_path, read_config(folder), torch.float32)
+
+
+def toy_gguf(path, scaling=None, tensors=1):
+    from gguf import GGUFWriter, RopeScalingType
+
+    writer = GGUFWriter(path, "llama")
+    if scaling is not None:
+        writer.add_rope_scaling_type(RopeScalingType(scaling))
+    for index in range(tensors):
+        writer.add_tensor(f"tensor.{index}", np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_is_refused_where_its_conversion_would_lose_something(tmp_path):
+    model_source._refuse_what_is_lost(toy_gguf(tmp_path / "plain.gguf"), 1)
+    model_source._refuse_what_is_lost(toy_gguf(tmp_path / "none.gguf", "none"), 1)
+    with pytest.raises(ConfigError, match=r"long.gguf: RoPE scaling \['yarn'\] would be lost; allowed: .*safetensors"):
+        model_source._refuse_what_is_lost(toy_gguf(tmp_path / "long.gguf", "yarn"), 1)
+    with pytest.raises(ConfigError, match="1 of its tensors would be lost"):
+        model_source._refuse_what_is_lost(toy_gguf(tmp_path / "freqs.gguf", tensors=2), 1)
 
 
 @pytest.mark.parametrize(

@@ -67,8 +67,8 @@ class Rig:
         self.verifier = CountingVerifier(rank)
         self.scheduler = Scheduler(self.config, self.verifier, curve, local, pipeline)
 
-    def submit(self, prompt: Sequence[int], tokens: int = 20, **wish: object) -> Session:
-        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    def submit(self, prompt: Sequence[int], tokens: int = 20, stops: tuple[int, ...] = (), **wish: object) -> Session:
+        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, stop_token_ids=stops)
         request = GenerateRequest("r", tuple(prompt), params, speculation=Speculation(**wish))  # type: ignore[arg-type]
         session = Session(request, Limits(LENGTH, frozenset()), TextStream(NoText()))
         self.scheduler.submit(session)
@@ -98,6 +98,33 @@ def test_no_step_has_more_rows_than_allowed_and_every_step_brings_every_decoding
         assert all(s.num_output > before[s.id] for s in sessions if s.id in before)
     assert max(prefill + tree for prefill, tree in rig.verifier.rows) <= max_rows
     assert all(session.num_output == 20 for session in sessions)
+
+
+def test_guesses_behind_a_stop_count_as_accepted_nowhere(rank: Rank) -> None:
+    plain = Rig(rank)
+    session = plain.submit([3, 4], tokens=40)
+    plain.run()
+    output = session.tokens[2:]
+    at = max(output.index(token) for token in output)
+    stopped = Rig(rank, ScriptedDrafter(oracle({(3, 4): output})))
+    session = stopped.submit([3, 4], tokens=40, stops=(output[at],))
+    stopped.run()
+    assert session.tokens[2:] == output[: at + 1]
+    stats = stopped.scheduler.meter.snapshot()
+    assert stats.drafted["small"] > stats.accepted["small"]
+    assert stats.accepted["small"] + stats.drafts >= at + 1 >= stats.accepted["small"]
+
+
+def test_ways_of_guessing_are_measured_beside_sessions_that_want_no_guesses(rank: Rank) -> None:
+    rig = Rig(rank, ScriptedDrafter(always_wrong(VOCAB)), governor="auto")
+    rig.submit([3], tokens=150)
+    rig.submit([4], tokens=150, enabled=False)
+    rig.run()
+    assert rig.scheduler.governor.modes.rounds[LOCAL] > 50
+    beside = Rig(rank, ScriptedDrafter(always_wrong(VOCAB)), governor="auto")
+    beside.submit([4], tokens=150, enabled=False)
+    beside.run()
+    assert not beside.scheduler.governor.modes.rounds
 
 
 def test_a_prompt_is_read_at_a_fair_pace_beside_sessions_with_large_trees(rank: Rank) -> None:
