@@ -26,6 +26,7 @@ from cluster.rounds.pipeline import ChainAsk, Deliver, Fail
 log = logging.getLogger(__name__)
 
 REOPEN_AFTER_S = 1.0
+REFUSED_FOR_S = 60.0  # until it is looked whether a stage that fitted no longer, or not yet, has been replaced
 STOP_LIMIT_S = 10.0
 
 
@@ -57,6 +58,7 @@ class RayDraftTransport:
         self._in_background = in_background
         self._workers: dict[tuple[str, str], Any] = {}  # (session, stage) -> actor handle
         self._tasks: dict[str, dict[str, asyncio.Task[None]]] = {}  # by session and stage
+        self._refused_until: dict[str, float] = {}  # stages that are another model's
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="draft-transport", daemon=True)
         self._thread.start()
@@ -99,12 +101,15 @@ class RayDraftTransport:
     def _open(self, session_id: str, stages: Sequence[str]) -> None:
         tasks = self._tasks.setdefault(session_id, {})
         for stage in stages:
-            if stage not in tasks or tasks[stage].done():
+            if not self._refused(stage) and (stage not in tasks or tasks[stage].done()):
                 tasks[stage] = self._loop.create_task(self._keep_lease(session_id, stage))
 
     def _close(self, session_id: str) -> None:
         for task in self._tasks.pop(session_id, {}).values():
             task.cancel()
+
+    def _refused(self, stage: str) -> bool:
+        return self._loop.time() < self._refused_until.get(stage, 0.0)
 
     async def _keep_lease(self, session_id: str, stage: str) -> None:
         """Hold a lease until the session is closed or its ttl is over; open another where it breaks off."""
@@ -113,7 +118,9 @@ class RayDraftTransport:
                 await self._lease_once(session_id, stage)
                 return
             except ConfigError as error:
-                log.error("stage %s is not used: %s", stage, error)
+                if not self._refused(stage):
+                    log.error("stage %s is not used: %s", stage, error)
+                self._refused_until[stage] = self._loop.time() + REFUSED_FOR_S
                 return
             except Exception as error:  # no such deployment yet, replica gone, ...: drafters may come later
                 log.debug("no lease of stage %s for %s: %s", stage, session_id, error)

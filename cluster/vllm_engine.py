@@ -104,7 +104,7 @@ class VllmEngine:
         outputs = self._start_request(request, session)
         call = self._calls[request.request_id] = _Call(request, session.id)
         deadline = None if request.timeout_s is None else asyncio.get_running_loop().time() + request.timeout_s
-        guesses = self._speculates and request.speculation.enabled
+        guesses = self._speculates and request.speculation.enabled and request.speculation.max_nodes != 0
         try:
             await self._attach()
             while session.finish_reason is None:
@@ -195,7 +195,7 @@ class VllmEngine:
             if not request.replaces(running.request):
                 raise InvalidArgument("request_id", f"{request.request_id!r} is running already")
             self.abort(request.request_id)  # its door lost it
-        if request.epoch == 0 and len(self._calls) >= self._max_waiting:  # a replay was admitted once already
+        if not request.admitted and len(self._calls) >= self._max_waiting:
             raise Overloaded(f"{len(self._calls)} requests run or wait; allowed: {self._max_waiting}")
 
     async def _attach(self) -> None:

@@ -59,12 +59,13 @@ class _Progress:
         self._before = self._stats = SpeculationStats()
         self._first = True
 
-    def attempt(self, number: int, timeout_s: float | None) -> GenerateRequest:
+    def attempt(self, number: int, admitted: bool, timeout_s: float | None) -> GenerateRequest:
         """The request for attempt ``number``: the original, continued after what was delivered."""
         self._before = self._stats
         return replace(
             self._request,
             epoch=self._request.epoch + number,
+            admitted=admitted,
             resume_token_ids=self._request.resume_token_ids + tuple(self._delivered),
             timeout_s=timeout_s,
         )
@@ -106,7 +107,7 @@ async def generate(
         remaining = request.timeout_s if deadline is None else max(deadline - clock(), 0.001)
         began = False
         try:
-            async with aclosing(backend.open(progress.attempt(attempt, remaining))) as items:
+            async with aclosing(backend.open(progress.attempt(attempt, deaths > 0, remaining))) as items:
                 while (item := await _next(items, deadline, request)) is not None:
                     over = item.finish_reason is not None
                     began, give_up = True, None
@@ -115,7 +116,7 @@ async def generate(
         except (EngineUnavailable, EngineFailed, Overloaded) as error:
             if over:  # the target died after its last item
                 return
-            if isinstance(error, Overloaded) and attempt == 0:
+            if isinstance(error, Overloaded) and deaths == 0:
                 raise
             # Who refuses has not died of the request: of several targets, the router may offer such a one for a while.
             deaths += began or isinstance(error, EngineDied | EngineFailed)

@@ -156,7 +156,7 @@ class Targets:
             answer.cancel()
         if late:
             logger.warning("%d of %d targets did not answer %s in %g s", len(late), len(answers), method, timeout_s)
-        return [answer.result() for answer in done if answer.exception() is None]
+        return [answer.result() for answer in done if not answer.cancelled() and answer.exception() is None]
 
     async def _refresh_forever(self) -> None:
         """Serving is who answers for itself, however long the queue before it: not what the router makes of it."""

@@ -38,10 +38,11 @@ class SimulatedTransport:
         self._opening: list[tuple[str, str]] = []
 
     def open(self, session_id: str, stages: Sequence[str]) -> None:
-        if not self._opening:
+        missing = [(session_id, stage) for stage in stages if (session_id, stage) not in self._open]
+        if missing and not self._opening:
             self._loop.after(self._lease_s, self._lease_all)
-        self._opening += [(session_id, stage) for stage in stages]
-        self._open |= {(session_id, stage) for stage in stages}
+        self._opening += missing
+        self._open |= set(missing)
 
     def worker(self, session_id: str, stage: str) -> SimulatedWorker | None:
         worker = self._workers.get((session_id, stage))

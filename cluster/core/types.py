@@ -129,6 +129,7 @@ class GenerateRequest:
     ``owner``: text that requests of one owner leave behind may draft for that owner's alone; "" is nobody.
     ``trace_parent``: the client's span, as W3C's ``traceparent`` header has it; "" where there is none.
     ``call_id``: tells calls apart whose client uses a request id again; all attempts of one call share it.
+    ``admitted``: an earlier attempt was, so this one is not refused, and goes before new requests.
     """
 
     request_id: str
@@ -143,6 +144,7 @@ class GenerateRequest:
     owner: str = ""
     trace_parent: str = ""
     call_id: str = ""
+    admitted: bool = False
 
     def replaces(self, other: GenerateRequest) -> bool:
         """Whether this is a later attempt of the same call."""

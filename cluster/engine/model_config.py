@@ -80,8 +80,6 @@ def decoder_config_from_hf(config: Any) -> DecoderConfig:
     _require(config.hidden_act in ACTIVATIONS, "hidden_act", config.hidden_act, ", ".join(ACTIVATIONS))
     split = getattr(config, "pretraining_tp", None) or 1
     _require(split == 1, "pretraining_tp", split, "1")
-    quantised = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    _require(quantised is None, "quantization_config.quant_method", quantised, "none: weights are read as they stand")
     attention_bias = bool(getattr(config, "attention_bias", False))
     mlp_bias = bool(getattr(config, "mlp_bias", False))
     _require(not attention_bias or kind in ("llama", "qwen3"), "attention_bias", True, f"false for {kind}")

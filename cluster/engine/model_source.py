@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -22,6 +23,8 @@ from cluster.core.errors import ConfigError
 
 Report = Callable[[str], None]
 FORMS = "a folder, a .gguf file, a hub id (owner/name), or pypi:PACKAGE"
+INSTEAD = "allowed: the model as safetensors"
+CONVERSION = 2  # which rules a kept conversion of a GGUF file was made by
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
@@ -77,7 +80,7 @@ def _from_hub(repository: str, report: Report) -> Path:
 
 
 def _from_gguf(file: Path, report: Report) -> Path:
-    folder = cache_folder("models") / f"{file.stem}-{_digest(file)}"
+    folder = cache_folder("models") / f"{file.stem}-{_digest(file)}-{CONVERSION}"
     with FileLock(folder.with_suffix(".lock")):
         if folder.is_dir():
             return folder
@@ -97,16 +100,21 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
 
-def _refuse_what_is_lost(file: Path, converted: int) -> None:
-    """transformers passes over what it does not know: RoPE scaling, for one, without which all positions are wrong."""
+def _count_tensors(file: Path) -> int:
+    """Raises ``ConfigError`` for a file with RoPE scaling: transformers passes over it, and all positions would be
+    wrong."""
     from gguf import GGUFReader
 
     reader = GGUFReader(file)
-    scaled = [name for name in reader.fields if name.endswith(".rope.scaling.type")]
-    kinds = {str(reader.fields[name].contents()) for name in scaled} - {"none"}
-    if kinds or len(reader.tensors) != converted:
-        lost = f"RoPE scaling {sorted(kinds)}" if kinds else f"{len(reader.tensors) - converted} of its tensors"
-        raise ConfigError(f"model.source: {file.name}: {lost} would be lost; allowed: the model as safetensors")
+
+    def value(ending: str) -> Any:
+        return next((field.contents() for name, field in reader.fields.items() if name.endswith(ending)), None)
+
+    factor = value(".rope.scaling.factor") or value(".rope.scale_linear") or 1.0
+    kind = value(".rope.scaling.type") or ("none" if factor == 1.0 else "linear")
+    if kind != "none":
+        raise ConfigError(f"model.source: {file.name}: RoPE scaling {kind!r} is not read; {INSTEAD}")
+    return len(reader.tensors)
 
 
 def _convert(file: Path, folder: Path, report: Report) -> None:
@@ -118,6 +126,7 @@ def _convert(file: Path, folder: Path, report: Report) -> None:
 
     from cluster.engine.model_config import decoder_config_from_hf
 
+    expected = _count_tensors(file)
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     decoder_config_from_hf(config)
     # An empty model is all the conversion needs to know the names; `from_pretrained` would demand another package.
@@ -125,7 +134,9 @@ def _convert(file: Path, folder: Path, report: Report) -> None:
         model = AutoModelForCausalLM.from_config(config)
     report("reading tensors")
     tensors = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)["tensors"]
-    _refuse_what_is_lost(file, len(tensors))
+    if len(tensors) != expected:
+        lost = f"{expected - len(tensors)} of {expected} tensors would be lost"
+        raise ConfigError(f"model.source: {file.name}: {lost}; {INSTEAD}")
     report("writing safetensors")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     config.architectures = [type(model).__name__]

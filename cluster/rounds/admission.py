@@ -47,7 +47,7 @@ class WaitingQueue:
     @property
     def num_new(self) -> int:
         """Sessions that never ran and are no replays: those a full queue refuses."""
-        return sum(session.num_admitted == 0 and session.request.epoch == 0 for session in self._sessions)
+        return sum(session.num_admitted == 0 and not session.request.admitted for session in self._sessions)
 
     def add(self, session: Session) -> None:
         bisect.insort(self._sessions, session, key=rank)
@@ -61,7 +61,7 @@ class WaitingQueue:
 
 def rank(session: Session) -> tuple[int, bool, int]:
     """Lower runs first."""
-    return session.request.priority, session.request.epoch == 0, session.number
+    return session.request.priority, not session.request.admitted, session.number
 
 
 def choose_victim(head: Session, running: Sequence[Session], patient: bool) -> Session | None:
@@ -74,7 +74,7 @@ def choose_victim(head: Session, running: Sequence[Session], patient: bool) -> S
     def gives_way(session: Session) -> bool:
         if session.request.priority > head.request.priority:
             return True
-        replayed = head.request.epoch > 0 and session.request.epoch == 0
+        replayed = head.request.admitted and not session.request.admitted
         return replayed and not patient and session.request.priority == head.request.priority
 
     candidates = [session for session in running if gives_way(session) and has_progressed(session)]

@@ -53,6 +53,7 @@ class Drafting:
         self._remote_nodes = 0.0  # of one session's tree, of late, where remote stages made it
         self._round = 0
         self._last_round: dict[str, int] = {}  # that a session was in
+        self._named: set[str] = set()  # sessions whose client chose where their guesses come from
         self._two_groups = False
         self.sitting_out = 0  # sessions that are ready, but not of the group whose turn it is
 
@@ -66,6 +67,11 @@ class Drafting:
         """How those of the round under way got theirs: one in which nobody sits out is no turn of two groups."""
         return MIXED if self.mode == ALTERNATING and not self.sitting_out else self.mode
 
+    @property
+    def measurable(self) -> bool:
+        """Whether rounds tell how fast their way is: who named stages slows them down for reasons of its own."""
+        return not self._named
+
     # --- sessions come and go
 
     def begin(self, session: Session) -> None:
@@ -76,6 +82,8 @@ class Drafting:
             self._local.begin(session.id, session.tokens, session.params, session.prompt_len, owner)
         if self._pipeline is not None:
             self._pipeline.open(session, session.request.speculation.stages or ())
+        if not engine_chooses(session):
+            self._named.add(session.id)
 
     def end(self, session: Session, last: Commit | None = None) -> None:
         """``last``: what the session emitted in the round that ended it: drafters may learn from whole outputs."""
@@ -85,6 +93,7 @@ class Drafting:
             self._local.end(session.id)
         if self._pipeline is not None:
             self._pipeline.close(session.id)
+        self._named.discard(session.id)
         self._governor.forget(session.id)
         self._nodes_of_late.pop(session.id, None)
         self._last_round.pop(session.id, None)
@@ -144,7 +153,7 @@ class Drafting:
         free = [(session, cap) for session, cap in drafted if engine_chooses(session)]
         wishes = [(session, session.request.speculation.stages, cap) for session, cap in drafted]
         named = [(session, stages, cap) for session, stages, cap in wishes if stages is not None]
-        self._remote_use.ask(free, named, self._two_groups)
+        self._remote_use.ask(free, named, self._two_groups, self.measurable)
 
     def cap(self, session: Session) -> int:
         """Nodes the session's tree may have."""

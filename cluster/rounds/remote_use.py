@@ -45,15 +45,16 @@ class RemoteUse:
         free: Sequence[tuple[Drafted, int]],
         named: Sequence[tuple[Drafted, Sequence[str], int]] = (),
         two_groups: bool = False,
+        measurable: bool = True,
     ) -> None:
         """``free``: sessions whose way is chosen here, and how many nodes each may have; ``named``: those whose client
-        chose their stages. ``two_groups``: whether alternating is a way. Afterwards ``mode`` is how the free ones will
+        chose their stages. ``two_groups``: whether alternating is a way; ``measurable``: whether the next
+        round will tell how fast its way is. Afterwards ``mode`` is how the free ones will
         get their guesses."""
         names = {session.id for session, _ in free}
         reachable = self._pipeline is not None and (self._always or self._pipeline.reachable(names))
         if free:
-            # Who named stages slows a round down by what is not the free ones' doing: such a round is not measured.
-            self.mode = self._choose(reachable, two_groups, measurable=not named)
+            self.mode = self._choose(reachable, two_groups, measurable)
         if self._pipeline is not None:
             under_way = self._ask(self._pipeline, free, named, reachable, two_groups)
             if self.mode in FROM_STAGES and not names <= under_way:
@@ -72,6 +73,8 @@ class RemoteUse:
         if free and self._worth_leases(FROM_STAGES if two_groups else (REMOTE,)):
             for session_id in names:
                 pipeline.lease(session_id, pipeline.stages)
+        for session, stages, _ in named:
+            pipeline.lease(session.id, stages)
         # Where every worker is left out, asking is for the probe, which alone gets through.
         probing = not reachable and pipeline.broken
         stages = pipeline.stages if self.mode in FROM_STAGES or probing else ()

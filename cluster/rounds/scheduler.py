@@ -21,7 +21,7 @@ from cluster.core.types import Commit, FinishReason, GovernorReport, Origin, Str
 from cluster.engine.step_cost import CostCurve
 from cluster.engine.verifier import Prefill, Verifier, Verify
 from cluster.rounds.admission import Placement, PrefixCache, WaitingQueue, choose_victim
-from cluster.rounds.drafting import Drafting
+from cluster.rounds.drafting import Drafting, engine_chooses
 from cluster.rounds.governor import Governor, RoundSpent, Shape
 from cluster.rounds.guard import GuardedDrafter
 from cluster.rounds.meter import Meter
@@ -102,7 +102,7 @@ class Scheduler:
             session.phase = Phase.FINISHED
             return Outcome(session, session.closing_item())
         waiting = self._waiting.num_new
-        if session.request.epoch == 0 and waiting >= self._config.max_waiting + self._kv.num_free:
+        if not session.request.admitted and waiting >= self._config.max_waiting + self._kv.num_free:
             raise Overloaded(f"{waiting} requests wait already, at most {self._config.max_waiting}")
         self._waiting.add(session)
         if self._tracer is not None:
@@ -319,9 +319,7 @@ class Scheduler:
         self.study_time.earn(spent.total)
         decoded = [outcome for outcome in outcomes if outcome.item is not None]
         tokens = sum(len(outcome.item.token_ids) for outcome in decoded if outcome.item)
-        wishes = [outcome.session.request.speculation for outcome in decoded]
-        # One without guesses yields its token in every mode; one whose client named its stages would tell of these.
-        chosen = any(wish.enabled for wish in wishes) and all(not w.enabled or w.stages is None for w in wishes)
+        chosen = self._drafting.measurable and any(engine_chooses(outcome.session) for outcome in decoded)
         self.governor.observe(mode if chosen else MIXED, shape, tokens, spent)
         speeds = self.governor.modes
         named = ", ".join(f"{name} {speeds.speed(name):.2f}" for name in speeds.steps)

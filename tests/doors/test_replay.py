@@ -161,11 +161,13 @@ def test_targets_that_refuse_a_replay_do_not_use_up_its_deaths(refusal: Paceline
     items = asyncio.run(collect(backend))
     assert len([item for item in items if item.token_ids]) == 8
     assert [request.epoch for request in backend.seen] == list(range(8))
+    assert [request.admitted for request in backend.seen] == [False, *[True] * 7]
 
 
 def test_a_new_request_is_offered_elsewhere_where_an_engine_has_failed() -> None:
     backend = ScriptedBackend([(0, EngineUnavailable("the engine has stopped"))] * 4)
     assert len(asyncio.run(collect(backend))) == 8
+    assert not any(request.admitted for request in backend.seen)
 
 
 def test_refusals_go_on_no_longer_than_the_limits_allow() -> None:

@@ -36,7 +36,6 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
         (lambda: LlamaConfig(num_attention_heads=32, num_key_value_heads=5), r"num_key_value_heads: 5.*divisor of 32"),
         (lambda: MistralConfig(attention_bias=True), r"attention_bias: True.*false for mistral"),
         (lambda: Qwen3Config(mlp_bias=True), r"mlp_bias: True.*false for qwen3"),
-        (lambda: LlamaConfig(quantization_config={"quant_method": "fp8"}), r"quant_method: 'fp8'.*none"),
     ],
 )
 def test_what_would_compute_differently_is_refused_naming_key_value_and_choices(config, message):
@@ -89,28 +88,28 @@ def test_quantised_weights_are_not_taken_for_weights(make_model, tmp_path):
             load_weights(tmp_path, read_config(folder), torch.float32)
 
 
-def toy_gguf(path, scaling=None, tensors=1):
+@pytest.mark.parametrize(
+    ("scaling", "factor", "kind"),
+    [(None, None, None), ("none", None, None), (None, 1.0, None), ("yarn", 4.0, "yarn"), (None, 8.0, "linear")],
+)
+def test_a_gguf_with_rope_scaling_is_refused(tmp_path, scaling, factor, kind):
     from gguf import GGUFWriter, RopeScalingType
 
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(tmp_path / "toy.gguf", "llama")
     if scaling is not None:
         writer.add_rope_scaling_type(RopeScalingType(scaling))
-    for index in range(tensors):
-        writer.add_tensor(f"tensor.{index}", np.ones(32, np.float32))
+    if factor is not None:
+        writer.add_rope_scaling_factor(factor)
+    writer.add_tensor("tensor", np.ones(32, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
-
-
-def test_a_gguf_is_refused_where_its_conversion_would_lose_something(tmp_path):
-    model_source._refuse_what_is_lost(toy_gguf(tmp_path / "plain.gguf"), 1)
-    model_source._refuse_what_is_lost(toy_gguf(tmp_path / "none.gguf", "none"), 1)
-    with pytest.raises(ConfigError, match=r"long.gguf: RoPE scaling \['yarn'\] would be lost; allowed: .*safetensors"):
-        model_source._refuse_what_is_lost(toy_gguf(tmp_path / "long.gguf", "yarn"), 1)
-    with pytest.raises(ConfigError, match="1 of its tensors would be lost"):
-        model_source._refuse_what_is_lost(toy_gguf(tmp_path / "freqs.gguf", tensors=2), 1)
+    if kind is None:
+        assert model_source._count_tensors(tmp_path / "toy.gguf") == 1
+        return
+    with pytest.raises(ConfigError, match=rf"toy.gguf: RoPE scaling '{kind}' is not read; allowed: .*safetensors"):
+        model_source._count_tensors(tmp_path / "toy.gguf")
 
 
 @pytest.mark.parametrize(

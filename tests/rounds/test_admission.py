@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from cluster.core.types import GenerateRequest, SamplingParams
@@ -18,7 +20,7 @@ class NoText:
         return ""
 
 
-def session(name: str = "s", **fields: int) -> Session:
+def session(name: str = "s", **fields: Any) -> Session:
     request = GenerateRequest(name, (1, 2), SamplingParams(max_tokens=100, ignore_eos=True), **fields)
     return Session(request, Limits(200, frozenset()), TextStream(NoText()))
 
@@ -32,10 +34,10 @@ def test_the_queue_goes_by_priority_then_replays_then_arrival() -> None:
     first = session("first")
     for waiting in (
         session("second"),
-        session("replay", epoch=1),
+        session("replay", admitted=True),
         session("urgent", priority=-1),
         first,
-        session("late replay", priority=1, epoch=2),
+        session("late replay", priority=1, admitted=True),
         session("late", priority=1),
     ):
         queue.add(waiting)
@@ -66,10 +68,10 @@ def test_the_lowest_priority_makes_room_and_of_equals_the_youngest() -> None:
 
 
 def test_a_replay_takes_a_new_sessions_slot_only_after_it_has_waited_long() -> None:
-    new, replay = session("new"), session("replay", epoch=1)
+    new, replay = session("new"), session("replay", admitted=True)
     for at, one in enumerate((new, replay)):
         one.admit(at, 0)
-    waiting = session("waiting", epoch=1)
+    waiting = session("waiting", admitted=True)
     assert choose_victim(waiting, [new, replay], patient=True) is None
     assert choose_victim(waiting, [new, replay], patient=False) is new
     assert choose_victim(waiting, [replay], patient=False) is None
