@@ -216,7 +216,7 @@ def test_equals_wait_for_each_other(rig: Rig) -> None:
 
 
 def test_a_replay_that_waited_gets_a_new_requests_slot(rig: Rig) -> None:
-    arrivals = [(0, ask(f"r{i}", 60)) for i in range(3)] + [(5, ask("replay", 20, epoch=1))]
+    arrivals = [(0, ask(f"r{i}", 60)) for i in range(3)] + [(5, ask("replay", 20, epoch=1, admitted=True))]
     ended, bench = crowd(rig, arrivals, preempt_after_s=0.0)
     assert ended[0] == "replay"
     assert ended[1:] == ["r0", "r1", "r2"]
