@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.provenance import provenance
 from cluster.engine.kv_cache import SlotRows
-from cluster.engine.model_config import DecoderConfig
+from cluster.engine.packed import PackedModel
 from cluster.engine.rank import Rank
 
 ROWS = (1, 4, 8, 16, 32)
@@ -75,7 +75,9 @@ class StepTimes:
 
     def __init__(self, rank: Rank, threads: int) -> None:
         self._rank = rank
-        self._words = _on_huge_pages(weight_bytes(rank.config, torch.bfloat16.itemsize))
+        if rank.decoder.model is None:
+            raise ValueError("one rank of several has no whole step to measure")
+        self._words = _on_huge_pages(weight_bytes(rank.decoder.model))
         self._pass = _compiled_pass(self._words, threads)
 
     def measure(self, rows: Sequence[int] = ROWS, repeats: int = 40) -> dict[str, Any]:
@@ -96,11 +98,10 @@ class StepTimes:
         return {"pass": passes, "steps": steps}
 
 
-def weight_bytes(config: DecoderConfig, itemsize: int) -> int:
-    """Bytes of all matrices that a step multiplies with; the LM head is one, the embedding is only looked up."""
-    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    layer = config.hidden_size * (heads + config.num_heads * config.head_dim + 3 * config.intermediate_size)
-    return itemsize * (config.num_layers * layer + config.hidden_size * config.vocab_size)
+def weight_bytes(model: PackedModel) -> int:
+    """Bytes of all matrices that a step multiplies with, as they are packed; the embedding is only looked up."""
+    linears = [linear for layer in model.layers for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    return sum(linear.weight.numel() * linear.weight.element_size() for linear in (*linears, model.head))
 
 
 def summarise(measured: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from cluster.core.errors import ConfigError
 from cluster.engine.kernels import Kernels
 from cluster.engine.kv_cache import SlotRows
-from cluster.engine.packed import LowRank, PackedLayer, PackedLinear
+from cluster.engine.packed import PackedLayer, PackedLinear
 from cluster.engine.rank import Rank
 from cluster.engine.rows import lay_out
 
@@ -68,9 +68,7 @@ def _adapted(kernels: Kernels, layer: PackedLayer, index: int, adapters: Adapter
     def linear(part: str, packed: PackedLinear) -> PackedLinear:
         if (index, part) not in adapters:
             return packed
-        inner, outer = adapters[index, part]
-        wide = kernels.pack_gated(*outer.chunk(2)) if packed.gated else kernels.pack(outer)
-        return replace(packed, adapter=LowRank(kernels.pack(inner), wide))
+        return replace(packed, adapter=kernels.pack_adapter(*adapters[index, part], gated=packed.gated))
 
     return replace(
         layer,

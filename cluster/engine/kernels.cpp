@@ -285,3 +285,9 @@ extern "C" void mlp_logits_f32(const MlpHead<float>* head, const float* states, 
 extern "C" void mlp_logits_bf16(const MlpHead<bf16>* head, const bf16* states, float* logits, int rows, int threads) {
   head_logits<bf16, pairs>(*head, states, logits, rows, threads);
 }
+
+// Whether coded weights can be multiplied with here, and their making; coded.h says what the arguments are.
+extern "C" int can_decode() { return CODED_WEIGHTS; }
+extern "C" void encode_bf16(const uint16_t* words, int blocks, int steps, const uint8_t* upper, uint8_t* out, Stray* strays, int32_t* starts) {
+  encode(words, blocks, steps, upper, out, strays, starts);
+}

@@ -15,7 +15,7 @@ import torch
 
 from cluster.core.errors import ConfigError
 from cluster.engine.kv_store import KVStore
-from cluster.engine.packed import PackedLinear, PackedMlpHead, PackedModel
+from cluster.engine.packed import LowRank, PackedLinear, PackedMlpHead, PackedModel
 from cluster.engine.rows import StepRows
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,10 @@ class Kernels(Protocol):
         up_bias: torch.Tensor | None = None,
     ) -> PackedLinear:
         """gate, up: (outputs, inputs)."""
+        ...
+
+    def pack_adapter(self, inner: torch.Tensor, outer: torch.Tensor, *, gated: bool) -> LowRank:
+        """inner: (rank, inputs); outer: (outputs, rank), the gate's outputs before those of up where ``gated``."""
         ...
 
     def forward_of(self, model: PackedModel) -> Forward:

@@ -20,21 +20,23 @@ from cluster.engine.cpu import cpu_flags
 from cluster.engine.huge_pages import Arena
 from cluster.engine.kernels import Forward, MlpForward, ShardStep
 from cluster.engine.kv_store import KVStore
-from cluster.engine.packed import PackedLayer, PackedLinear, PackedMlpHead, PackedModel
+from cluster.engine.packed import Codes, LowRank, PackedLayer, PackedLinear, PackedMlpHead, PackedModel
 from cluster.engine.rows import StepRows
 
 SOURCES = tuple(
     Path(__file__).with_name(name)
-    for name in ("kernels.cpp", "attention.h", "linear.h", "mlp_head.h", "norm.h", "simd.h", "team.h")
+    for name in ("kernels.cpp", "attention.h", "coded.h", "linear.h", "mlp_head.h", "norm.h", "simd.h", "team.h")
 )
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-pthread", "-fPIC", "-shared", "-Wno-psabi")
 BLOCK = 16
+GROUP_STEPS, GROUP_BYTES = 4, 192  # of coded weights; coded.h
+FEW_STRAYS = 0.0005  # of a matrix's weights; more of them would cost what coding it saves
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 class _Matrix(Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("weight", "bias", "inner", "outer")),
+        *((name, c_void_p) for name in ("weight", "upper", "strays", "starts", "bias", "inner", "outer")),
         ("rank", c_int32),
     )
 
@@ -123,12 +125,32 @@ def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _coded(blocks: torch.Tensor) -> tuple[torch.Tensor, Codes] | None:
+    """blocks: (blocks, steps, 16, 2) bf16. None where they do not fit, or too many weights are out of the ordinary."""
+    count, steps = blocks.shape[:2]
+    if steps % GROUP_STEPS:
+        return None
+    words = blocks.contiguous()
+    uses = torch.bincount(words.view(torch.uint8)[..., 1::2].flatten(), minlength=256)
+    upper = uses.topk(16).indices.to(torch.uint8)
+    num_strays = words.numel() - int(uses[upper.long()].sum())
+    if num_strays > FEW_STRAYS * words.numel():
+        return None
+    strays = torch.empty(num_strays + count, dtype=torch.int64)
+    starts = torch.empty(count, dtype=torch.int32)
+    coded = torch.zeros((count, steps // GROUP_STEPS, GROUP_BYTES), dtype=torch.uint8)
+    encode = _library().encode_bf16
+    encode.argtypes, encode.restype = [c_void_p, c_int, c_int, *[c_void_p] * 4], None
+    encode(words.data_ptr(), count, steps, *map(_address, (upper, coded, strays, starts)))
+    return coded, Codes(upper, strays, starts)
+
+
 def _matrix(packed: PackedLinear) -> _Matrix:
-    weight, bias = _address(packed.weight), _address(packed.bias)
-    if packed.adapter is None:
-        return _Matrix(weight, bias)
-    inner, outer = packed.adapter.inner, packed.adapter.outer
-    return _Matrix(weight, bias, _address(inner.weight), _address(outer.weight), inner.outputs)
+    codes, adapter = packed.codes, packed.adapter
+    addresses = [packed.weight, *((codes.upper, codes.strays, codes.starts) if codes else [None] * 3), packed.bias]
+    if adapter is None:
+        return _Matrix(*map(_address, addresses))
+    return _Matrix(*map(_address, (*addresses, adapter.inner.weight, adapter.outer.weight)), adapter.inner.outputs)
 
 
 def _layer(layer: PackedLayer) -> _Layer:
@@ -156,6 +178,7 @@ class NativeKernels:
         self.device = torch.device("cpu")
         self.threads = threads
         self._arena = Arena()
+        self._decodes = dtype == torch.bfloat16 and bool(_library().can_decode())
         self._forward = self._function("forward", c_void_p, c_void_p)
         self._sub_layer = self._function("sub_layer", c_int, c_void_p, c_void_p)
         self._head = self._function("head", c_void_p, c_void_p)
@@ -172,12 +195,21 @@ class NativeKernels:
         weight = _pad(_pad(weight.to(self.dtype), 0, BLOCK), 1, pair)
         return weight.view(-1, BLOCK, weight.shape[1] // pair, pair).transpose(1, 2)
 
+    def _gated_blocks(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self._blocks(gate), self._blocks(up)], 1).flatten(0, 1)
+
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.contiguous()
 
+    def _placed(self, blocks: torch.Tensor) -> tuple[torch.Tensor, Codes | None]:
+        """Blocks where a step reads them: coded, where that can be and pays."""
+        coded = _coded(blocks) if self._decodes else None
+        return (self._arena.place(blocks), None) if coded is None else (self._arena.place(coded[0]), coded[1])
+
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, wide: bool = False) -> PackedLinear:
         padded_bias = None if bias is None else _pad(bias.float(), 0, BLOCK).contiguous()
-        return PackedLinear(self._arena.place(self._blocks(weight)), padded_bias, weight.shape[0], wide=wide)
+        placed, codes = self._placed(self._blocks(weight))
+        return PackedLinear(placed, padded_bias, weight.shape[0], wide=wide, codes=codes)
 
     def pack_gated(
         self,
@@ -186,12 +218,19 @@ class NativeKernels:
         gate_bias: torch.Tensor | None = None,
         up_bias: torch.Tensor | None = None,
     ) -> PackedLinear:
-        weight = torch.stack([self._blocks(gate), self._blocks(up)], 1).flatten(0, 1)
+        placed, codes = self._placed(self._gated_blocks(gate, up))
         bias = None
         if gate_bias is not None and up_bias is not None:
             both = [_pad(part.float(), 0, BLOCK).view(-1, BLOCK) for part in (gate_bias, up_bias)]
             bias = torch.stack(both, 1).flatten().contiguous()
-        return PackedLinear(self._arena.place(weight), bias, gate.shape[0], gated=True)
+        return PackedLinear(placed, bias, gate.shape[0], gated=True, codes=codes)
+
+    def pack_adapter(self, inner: torch.Tensor, outer: torch.Tensor, *, gated: bool) -> LowRank:
+        # As they are: they are narrow, and caches hold them.
+        blocks = self._gated_blocks(*outer.chunk(2)) if gated else self._blocks(outer)
+        outputs = outer.shape[0] // 2 if gated else outer.shape[0]
+        narrow = PackedLinear(self._arena.place(self._blocks(inner)), None, inner.shape[0])
+        return LowRank(narrow, PackedLinear(self._arena.place(blocks), None, outputs, gated=gated))
 
     def forward_of(self, model: PackedModel) -> Forward:
         return _NativeForward(_NativeModel(model), self._forward, self.threads)

@@ -44,8 +44,8 @@ COLUMNS, CACHE_ROW = 6, 4  # of a row on the device, before its path
 @triton.jit
 def _dot(a, b, total):
     """total + a @ b, in fp32."""
-    if INTERPRETED:  # there are no bf16 products there; in fp32 they are exact
-        a, b = a.to(tl.float32), b.to(tl.float32)
+    if INTERPRETED:  # by NumPy, whose order of a row's fp32 sum depends on where the row stands, on some CPUs
+        return total + tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
 
 

@@ -1,8 +1,10 @@
-// Packed linear: weights as [block of 16 outputs][step][64 bytes]; a step is one k in fp32, a pair of k in bf16.
+// Packed linear: weights as [block of 16 outputs][step][64 bytes]; a step is one k in fp32, a pair of k in bf16. Those
+// of bf16 may be coded (coded.h).
 #pragma once
 #include <algorithm>
 #include <vector>
 
+#include "coded.h"
 #include "simd.h"
 #include "team.h"
 
@@ -11,11 +13,12 @@ namespace {
 // What a thread multiplies weights with: fp32 rows, or bf16 pairs as one 32-bit word where the CPU multiplies those.
 #if defined(__AVX512BF16__)
 using pairs = uint32_t;
-inline v16 step(const bf16* w, const pairs* x, v16 sum) {
+inline v16 step(__m512i w, const pairs* x, v16 sum) {
   int pair;
   memcpy(&pair, x, 4);
-  return (v16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(pair));
+  return (v16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair));
 }
+inline v16 step(const bf16* w, const pairs* x, v16 sum) { return step(_mm512_loadu_si512(w), x, sum); }
 #else
 struct pairs { float low, high; };
 inline v16 step(const bf16* w, const pairs* x, v16 sum) {
@@ -25,6 +28,26 @@ inline v16 step(const bf16* w, const pairs* x, v16 sum) {
 }
 #endif
 inline v16 step(const float* w, const float* x, v16 sum) { return fma16(load16(w), splat(*x), sum); }
+
+// The lines of B blocks as they are, a step at a time.
+template <class T, int B> struct PlainLines {
+  static constexpr int GRAIN = 1, FEW = 4, LINE = 64 / sizeof(T);
+  typedef const T* line;
+  const T* weight;
+  size_t size;  // of a block
+
+  PlainLines(const void* weight, const Codes&, int steps, int block)
+      : weight((const T*)weight + (size_t)block * steps * LINE), size((size_t)steps * LINE) {}
+
+  template <bool AHEAD> void read(int step, line (&to)[B][GRAIN]) {
+    for (int b = 0; b < B; ++b) {
+      to[b][0] = weight + b * size + (size_t)step * LINE;
+      if (AHEAD) __builtin_prefetch(to[b][0] + B * size, 0, 2);
+    }
+  }
+};
+template <int B> using PlainFloats = PlainLines<float, B>;
+template <int B> using PlainPairs = PlainLines<bf16, B>;
 
 inline const float* stage(const float* x, int, int, std::vector<float>&) { return x; }
 const pairs* stage(const bf16* x, int rows, int k, std::vector<pairs>& buffer) {
@@ -45,7 +68,8 @@ const pairs* stage(const bf16* x, int rows, int k, std::vector<pairs>& buffer) {
 
 template <class T, class X> struct Linear {
   const X* x;             // (rows, steps)
-  const T* weight;        // (blocks, steps, 64 bytes)
+  const T* weight;        // (blocks, steps, 64 bytes), or (blocks, steps / GROUP, GROUP_BYTES) where coded
+  Codes codes;
   const float* bias;      // (16 * blocks) or null
   const T* residual;      // (rows, outputs) or null
   void* out;              // (rows, outputs) of T, or of float where wide
@@ -79,22 +103,24 @@ template <class T, class X> struct Linear {
   }
 
   // R rows times B blocks. AHEAD: the same lines of the next B blocks are fetched meanwhile, so that arithmetic and
-  // memory overlap; the hardware's own look-ahead ends at each page.
-  template <int R, int B, bool AHEAD> void tile(int row, int block) const {
+  // memory overlap; the hardware's own look-ahead ends at each page. Behind a matrix, the next one to multiply with is
+  // likely to stand.
+  template <class Lines, int R, int B, bool AHEAD> void tile(int row, int block) const {
     constexpr int line = 64 / sizeof(T);
-    const size_t block_size = (size_t)steps * line;
-    const T* w = weight + block * block_size;
     const X* first = x + (size_t)row * steps;
+    Lines lines(weight, codes, steps, block);
     v16 sums[R][B] = {};
     for (int i = 0; i < B * low_steps; ++i) __builtin_prefetch(outer + ((size_t)block * low_steps + i) * line, 0, 2);
-    for (int s = 0; s < steps; ++s)
+    for (int s = 0; s < steps; s += Lines::GRAIN) {
+      typename Lines::line here[B][Lines::GRAIN];
+      lines.template read<AHEAD>(s, here);
 #pragma GCC unroll 8
-      for (int b = 0; b < B; ++b) {
-        const T* here = w + b * block_size + (size_t)s * line;
-        if (AHEAD) __builtin_prefetch(here + B * block_size, 0, 2);
+      for (int i = 0; i < Lines::GRAIN; ++i)
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) sums[r][b] = step(here, first + (size_t)r * steps + s, sums[r][b]);
-      }
+        for (int b = 0; b < B; ++b)
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) sums[r][b] = step(here[b][i], first + (size_t)r * steps + s + i, sums[r][b]);
+    }
     for (int s = 0; s < low_steps; ++s)
 #pragma GCC unroll 8
       for (int b = 0; b < B; ++b)
@@ -104,39 +130,51 @@ template <class T, class X> struct Linear {
     for (int r = 0; r < R; ++r) finish(row + r, block, sums[r], B);
   }
 
-  template <int B, bool AHEAD> void rows_of(int block) const {
+  template <template <int> class Lines, int B> void rows_of(int block) const {
     switch (rows % 8) {
-      case 7: tile<7, B, AHEAD>(0, block); break;
-      case 6: tile<6, B, AHEAD>(0, block); break;
-      case 5: tile<5, B, AHEAD>(0, block); break;
-      case 4: tile<4, B, AHEAD>(0, block); break;
-      case 3: tile<3, B, AHEAD>(0, block); break;
-      case 2: tile<2, B, AHEAD>(0, block); break;
-      case 1: tile<1, B, AHEAD>(0, block); break;
+      case 7: tile<Lines<B>, 7, B, true>(0, block); break;
+      case 6: tile<Lines<B>, 6, B, true>(0, block); break;
+      case 5: tile<Lines<B>, 5, B, true>(0, block); break;
+      case 4: tile<Lines<B>, 4, B, true>(0, block); break;
+      case 3: tile<Lines<B>, 3, B, true>(0, block); break;
+      case 2: tile<Lines<B>, 2, B, true>(0, block); break;
+      case 1: tile<Lines<B>, 1, B, true>(0, block); break;
     }
     int row = rows % 8;
-    if (row == 0) tile<8, B, AHEAD>(row, block), row = 8;
-    for (; row < rows; row += 8) tile<8, B, false>(row, block);
+    if (row == 0) tile<Lines<B>, 8, B, true>(row, block), row = 8;
+    for (; row < rows; row += 8) tile<Lines<B>, 8, B, false>(row, block);
   }
 
-  template <int B> void blocks_of(int& block, int end) const {
-    for (; block + 2 * B <= end; block += B) rows_of<B, true>(block);
-    if (block + B <= end) rows_of<B, false>(block), block += B;
+  template <template <int> class Lines, int B> void blocks_of(int& block, int end) const {
+    for (; block + B <= end; block += B) rows_of<Lines, B>(block);
+  }
+
+  template <template <int> class Lines> void all_of(int block, int end) const {
+    if (rows <= Lines<1>::FEW) blocks_of<Lines, 4>(block, end);
+    blocks_of<Lines, 2>(block, end);
+    if (block < end) rows_of<Lines, 1>(block);
   }
 
   int pairs_of_blocks() const { return (blocks() + 1) / 2; }
 
   void run(int first_pair, int last_pair) const {
-    int block = first_pair * 2, end = last_pair * 2 < blocks() ? last_pair * 2 : blocks();
-    if (rows <= 4) blocks_of<4>(block, end);
-    blocks_of<2>(block, end);
-    if (block < end) rows_of<1, false>(block);
+    const int block = first_pair * 2, end = last_pair * 2 < blocks() ? last_pair * 2 : blocks();
+    if constexpr (sizeof(T) == 4) {
+      all_of<PlainFloats>(block, end);
+    } else if (!codes.upper) {
+      all_of<PlainPairs>(block, end);
+    } else {
+#if CODED_WEIGHTS
+      all_of<CodedLines>(block, end);
+#endif
+    }
   }
 };
 
 // weight x, and outer (inner x) added to it where there is a rank.
 template <class T> struct Matrix {
   const T* weight;
+  Codes codes;
   const float* bias;
   const T *inner, *outer;
   int32_t rank;
@@ -149,7 +187,7 @@ template <class T, class X, class Input>
 void multiply(Walk& walk, const Input& input, int rows, int inputs, Matrix<T> matrix, const T* residual, void* out,
               int outputs, bool wide, bool gated) {
   const auto steps = [](int count) { return sizeof(T) == 2 ? (count + 1) / 2 : count; };
-  Linear<T, X> shape{nullptr, matrix.weight, matrix.bias, residual, out, rows, steps(inputs), outputs, wide, gated,
+  Linear<T, X> shape{nullptr, matrix.weight, matrix.codes, matrix.bias, residual, out, rows, steps(inputs), outputs, wide, gated,
                      nullptr, matrix.outer, steps(matrix.rank)};
   const int64_t weight = (int64_t)shape.blocks() * shape.steps * 64;
   const int parts = weight < 1 << 19 ? 1 : std::max(walk.parts(), (int)(weight >> 20));
@@ -162,7 +200,7 @@ void multiply(Walk& walk, const Input& input, int rows, int inputs, Matrix<T> ma
         linear.x = stage(input(), rows, inputs, staged);
         if (matrix.rank) {
           narrow.resize((size_t)rows * matrix.rank);
-          Linear<T, X> inner{linear.x, matrix.inner, nullptr, nullptr, narrow.data(), rows, linear.steps, matrix.rank,
+          Linear<T, X> inner{linear.x, matrix.inner, {}, nullptr, nullptr, narrow.data(), rows, linear.steps, matrix.rank,
                              false, false, nullptr, nullptr, 0};
           inner.run(0, inner.pairs_of_blocks());
           linear.low = stage(narrow.data(), rows, matrix.rank, staged_narrow);

@@ -19,9 +19,22 @@ class LowRank:
 
 
 @dataclass(frozen=True, slots=True)
+class Codes:
+    """What a coded weight needs to be read, as ``coded.h`` has it.
+
+    upper: (16,) uint8; strays: (n,) int64, one each; starts: (blocks,) int32.
+    """
+
+    upper: torch.Tensor
+    strays: torch.Tensor
+    starts: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class PackedLinear:
     """A weight in a kernel's own layout. ``gated``: gate and up in one; the result is silu(gate) * up.
 
+    ``codes``: of a weight kept in fewer bits, without loss.
     ``wide``: the result keeps the dtype sums are computed in, fp32 or fp64 (the LM head, and what ranks add up).
     ``adapter``: of a drafter's view of a target; the weight itself is the target's.
     """
@@ -32,6 +45,7 @@ class PackedLinear:
     gated: bool = False
     wide: bool = False
     adapter: LowRank | None = None
+    codes: Codes | None = None
 
 
 @dataclass(frozen=True, slots=True)
