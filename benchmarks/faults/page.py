@@ -9,7 +9,7 @@ from benchmarks.faults.catalogue import BY_NAME
 
 HEAD = """# Faults
 
-Written by `python -m benchmarks.faults`. Every fault strikes real processes of a real service (Ray, Serve, both draft
+Written by `python -m benchmarks.faults --docs docs/faults.md`. Every fault strikes real processes of a real service (Ray, Serve, both draft
 stages as workers of their own, a tiny fp32 target) under steady load: {streams} gRPC streams at any time, greedy and
 sampled requests in turn, each answer compared, ids and text, with the undisturbed one.
 
@@ -33,7 +33,7 @@ COLUMNS = (
 
 NOTES = """## What is behind it
 
-* The target never waits for a drafter beyond a deadline; a stage that misses two in a row is left out until a probe is
+* The target never waits for a drafter beyond a deadline; a worker that misses two in a row is left out until a probe is
   answered in time (`cluster/rounds/pipeline.py`). So a drafter's fault costs speed, and each row's pause is the noise
   of a machine on which a process is being started.
 * A killed target's streams are replayed by the ingress from prompt, seed and delivered tokens

@@ -1,4 +1,4 @@
-"""Where Paceline keeps what it made once: converted models and compiled kernels."""
+"""Where Paceline keeps what it made once: converted models, compiled kernels, indexes, cost curves."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class DeadlineExceeded(PacelineError):
 
 
 class Aborted(PacelineError):
-    """The request was aborted by its client or by ``Abort``. gRPC CANCELLED."""
+    """The request was aborted by its client or by ``Abort``. HTTP 499, gRPC CANCELLED."""
 
 
 class EngineUnavailable(PacelineError):

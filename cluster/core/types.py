@@ -355,7 +355,7 @@ class Health:
 
 
 class Engine(Protocol):
-    """What the doors know. Implementations: ``cluster.tree_engine.TreeEngine``."""
+    """What the doors know. Implementations: ``TreeEngine``, ``VllmEngine``."""
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[StreamItem]:
         """Yield items until one carries a finish reason. Raises errors of ``cluster.core.errors``.

@@ -8,7 +8,7 @@ set a kind of task; the model samples the rest of that turn and answers it, for 
 some are sampled, as they will be in service. Each line: {"chat", "token_ids", "replies": [[start, end], ...]}.
 
 Chat i depends on the model, the settings and i only. A run that is broken off goes on where it was: chats that stand
-in the file are kept. Batched plain decoding; a 135M model writes 2 M tokens in well under an hour on two cores.
+in the file are kept. Batched plain decoding; a 135M model writes 2 M tokens in about an hour on two cores.
 """
 
 from __future__ import annotations
