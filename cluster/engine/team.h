@@ -17,8 +17,8 @@ constexpr int MOST_PARTS = 128;
 
 // One operation of a call, cut into parts that are claimed one by one.
 struct Operation {
-  std::atomic<int> claimed{0}, claimed_again{0}, finished{0};
-  std::atomic<bool> done[MOST_PARTS] = {};
+  std::atomic<int> claimed_again{0}, finished{0};
+  std::atomic<bool> claimed[MOST_PARTS] = {}, done[MOST_PARTS] = {};
 
   void finish(int part) {
     if (!done[part].exchange(true, std::memory_order_acq_rel)) finished.fetch_add(1, std::memory_order_acq_rel);
@@ -26,10 +26,12 @@ struct Operation {
   bool over(int parts) const { return finished.load(std::memory_order_acquire) == parts; }
   void reset() {  // of one that is over
     const int parts = finished.load(std::memory_order_relaxed);
-    claimed.store(0, std::memory_order_relaxed);
     claimed_again.store(0, std::memory_order_relaxed);
     finished.store(0, std::memory_order_relaxed);
-    for (int part = 0; part < parts; ++part) done[part].store(false, std::memory_order_relaxed);
+    for (int part = 0; part < parts; ++part) {
+      claimed[part].store(false, std::memory_order_relaxed);
+      done[part].store(false, std::memory_order_relaxed);
+    }
   }
 };
 
@@ -42,8 +44,8 @@ struct Operation {
 // call ends when all threads have left it.
 class Walk {
  public:
-  Walk(std::vector<Operation>* operations, int threads, bool repeatable)
-      : operations_(operations), threads_(threads), repeatable_(repeatable) {}
+  Walk(std::vector<Operation>* operations, int index, int threads, bool repeatable)
+      : operations_(operations), index_(index), threads_(threads), repeatable_(repeatable) {}
 
   // work(prepare(), first, last) over [0, count); each thread prepares for itself, and only if it works at all.
   template <class Prepare, class Work>
@@ -56,25 +58,36 @@ class Walk {
     Operation& operation = (*operations_)[at_++];
     parts = std::min({parts, count, MOST_PARTS});
     if (operation.over(parts)) return;
-    const auto claim_from = [&](std::atomic<int>& counter) { return counter.fetch_add(1, std::memory_order_relaxed); };
+    // Each thread begins with its own share, which stands together in memory, and goes on with what others have left.
+    const int share = bound(parts, index_, threads_);
+    int tried = 0;
+    const auto claim = [&] {
+      for (; tried < parts; ++tried) {
+        const int part = (share + tried) % parts;
+        std::atomic<bool>& claimed = operation.claimed[part];
+        if (!claimed.load(std::memory_order_relaxed) && !claimed.exchange(true, std::memory_order_relaxed)) return part;
+      }
+      return parts;
+    };
     const auto compute = [&](const auto& prepared, int part) {
       work(prepared, bound(count, part, parts), bound(count, part + 1, parts));
       operation.finish(part);
     };
     uint64_t took = 0;
-    if (int part = claim_from(operation.claimed); part < parts) {
+    if (int part = claim(); part < parts) {
       const uint64_t start = __rdtsc();
       const auto prepared = prepare();
       int own = 0;
-      for (; part < parts; part = claim_from(operation.claimed), ++own) compute(prepared, part);
+      for (; part < parts; part = claim(), ++own) compute(prepared, part);
       took = (__rdtsc() - start) / own;
     }
     const bool repeats = repeatable_ && !last;
     const uint64_t limit = took ? PATIENCE + 2 * took : 4 * PATIENCE;
     if (waited(operation, parts, repeats ? limit : UINT64_MAX)) return;
-    if (int part = claim_from(operation.claimed_again); part < parts) {
+    const auto claim_again = [&] { return operation.claimed_again.fetch_add(1, std::memory_order_relaxed); };
+    if (int part = claim_again(); part < parts) {
       const auto prepared = prepare();
-      for (; part < parts; part = claim_from(operation.claimed_again))
+      for (; part < parts; part = claim_again())
         if (!operation.done[part].load(std::memory_order_acquire)) compute(prepared, part);
     }
     waited(operation, parts, UINT64_MAX);
@@ -105,7 +118,7 @@ class Walk {
   }
 
   std::vector<Operation>* operations_;  // null: alone
-  int threads_, at_ = 0;
+  int index_, threads_, at_ = 0;
   bool repeatable_;
 };
 
@@ -122,7 +135,7 @@ class Team {
   template <class Body> void run(int threads, int operations, bool repeatable, const Body& body) {
     std::unique_lock<std::mutex> mine(caller_, std::defer_lock);
     if (threads < 2 || !mine.try_lock()) {
-      Walk alone(nullptr, 1, false);
+      Walk alone(nullptr, 0, 1, false);
       body(alone);
       return;
     }
@@ -137,7 +150,7 @@ class Team {
       std::lock_guard<std::mutex> lock(sleep_);
       wake_.notify_all();
     }
-    Walk walk(&operations_, threads, repeatable);
+    Walk walk(&operations_, 0, threads, repeatable);
     body(walk);
     generation_.fetch_add(1);
     for (int spins = 0; inside_.load() > 0; ++spins) {
@@ -156,7 +169,7 @@ class Team {
     if (!open(generation) || generation == seen) return false;
     inside_.fetch_add(1);
     if (generation_.load() == generation && index < threads_ - 1) {
-      Walk walk(&operations_, threads_, repeatable_);
+      Walk walk(&operations_, index + 1, threads_, repeatable_);
       call_(body_, walk);
     }
     inside_.fetch_sub(1);
