@@ -1,4 +1,4 @@
-"""Prompts whose answers a datastore of ordinary chats should know less well: behind a long chat, or in another language.
+"""Questions whose answers a store of ordinary chats should know less well: behind a long chat, or in another language.
 
     python -m benchmarks.offline --prompts PROMPTS.jsonl --out ANSWERS.jsonl --max-tokens 128 --concurrency 8
     python -m benchmarks.shifted_prompts --prompts PROMPTS.jsonl --answers ANSWERS.jsonl --limit 26 --out SHIFTED.jsonl
@@ -71,7 +71,9 @@ def main(argv: list[str] | None = None) -> int:
     lines = [{**line, "index": index} for index, line in enumerate(read_lines(args.prompts, None))]
     by_index = {int(answer["id"].split("-")[0]): answer for answer in read_lines(args.answers, None)}
     if missing := [line["index"] for line in lines if line["index"] not in by_index]:
-        parser.error(f"--answers: {args.answers} has none for {len(missing)} prompts, the first is line {missing[0] + 1}")
+        parser.error(
+            f"--answers: {args.answers} has none for {len(missing)} prompts, the first is line {missing[0] + 1}"
+        )
     asked = [line["turns"][0] for line in lines]
     chosen = [line["index"] for line in spread(lines, args.limit)]
     made = shifted(asked, [by_index[index] for index in range(len(lines))], chosen, args.history_tokens, args.language)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
@@ -26,6 +27,7 @@ from cluster.rounds.pipeline import ChainAsk, Deliver, Fail
 log = logging.getLogger(__name__)
 
 REOPEN_AFTER_S = 1.0
+MISSING_FOR_S = 30.0
 REFUSED_FOR_S = 60.0  # until it is looked whether a stage that fitted no longer, or not yet, has been replaced
 STOP_LIMIT_S = 10.0
 
@@ -59,6 +61,7 @@ class RayDraftTransport:
         self._workers: dict[tuple[str, str], Any] = {}  # (session, stage) -> actor handle
         self._tasks: dict[str, dict[str, asyncio.Task[None]]] = {}  # by session and stage
         self._refused_until: dict[str, float] = {}  # stages that are another model's
+        self._missing_since: dict[str, float] = {}  # stages that gave no lease when last asked
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="draft-transport", daemon=True)
         self._thread.start()
@@ -123,10 +126,20 @@ class RayDraftTransport:
                 self._refused_until[stage] = self._loop.time() + REFUSED_FOR_S
                 return
             except Exception as error:  # no such deployment yet, replica gone, ...: drafters may come later
-                log.debug("no lease of stage %s for %s: %s", stage, session_id, error)
+                self._say_missing(stage, error)
             finally:
                 self._workers.pop((session_id, stage), None)
             await asyncio.sleep(REOPEN_AFTER_S)
+
+    def _say_missing(self, stage: str, error: Exception) -> None:
+        """Once a stage has given no lease for a while: a name may be wrong."""
+        since = self._missing_since.setdefault(stage, self._loop.time())
+        if self._loop.time() - since > MISSING_FOR_S:
+            self._missing_since[stage] = math.inf
+            where = f"{deployment_name(stage)} of application {self._app!r}"
+            log.warning(
+                "stage %s: no worker leased in %g s from %s; asking on (%s)", stage, MISSING_FOR_S, where, error
+            )
 
     async def _lease_once(self, session_id: str, stage: str) -> None:
         handle = serve.get_deployment_handle(deployment_name(stage), self._app)
@@ -135,6 +148,7 @@ class RayDraftTransport:
             async for lease in stream:
                 self._check(stage, lease)
                 self._workers[session_id, stage] = lease.worker
+                self._missing_since.pop(stage, None)
         finally:
             stream.cancel()
 

@@ -280,10 +280,13 @@ class TreeEngine:
 
 
 def check_request(request: GenerateRequest, info: ModelInfo) -> None:
-    """Raises ``InvalidArgument`` for what would fail in a step, and with it every other request.
+    """Raises ``InvalidArgument`` for what would fail in a step, and with it every other request, and
+    ``EngineUnavailable`` for what was made for another model: its door has not noticed yet that this one took over.
 
     The doors check all of this too, in the client's words.
     """
+    if request.served not in ("", info.served):
+        raise EngineUnavailable(f"this target serves {info.model}, and the request was made for another model")
     prompt, bias = request.prompt_token_ids, [token for token, _ in request.params.logit_bias]
     if not 0 < len(prompt) < info.max_model_len:
         raise InvalidArgument("prompt", f"{len(prompt)} tokens; allowed are 1 to {info.max_model_len - 1}")

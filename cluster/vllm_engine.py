@@ -2,7 +2,7 @@
 
 What a request is, when it stops and what its text is are decided by the same ``Session`` as in ``TreeEngine``; vLLM
 yields tokens. Guesses come from our drafters through ``cluster.vllm_hook``. Output is vLLM's, token by token; replaying
-a request on another replica gives the same tokens at temperature 0 but for near ties, and otherwise lawful different ones.
+a request on another replica gives the same tokens at temperature 0 (but for near ties), else lawful other ones.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class VllmEngine:
             dtype=str(self._llm.model_config.dtype).removeprefix("torch."),
             kernels=f"vllm {version}",
             row_invariant=False,
-            stages=stages,
+            stages=self._stages,
             tokenizer_hash=tokenizer_hash(self._tokenizer.get_vocab()),
         )
 

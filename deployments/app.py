@@ -88,7 +88,7 @@ def ingress_options(config: ServiceConfig) -> dict[str, Any]:
         "max_ongoing_requests": 2048,
         "max_queued_requests": 2048,
         "backpressure_config": {"status_code": 429, "retry_after_s": 1.0},
-        "graceful_shutdown_timeout_s": 10.0,
+        "graceful_shutdown_timeout_s": 60.0,  # a door that is replaced lets its streams end
         "ray_actor_options": {
             "num_cpus": 0.1,
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}},

@@ -25,11 +25,12 @@ from cluster.core.errors import (
     Overloaded,
     PacelineError,
 )
-from cluster.core.types import MAX_SEED, GenerateRequest, ModelInfo, SamplingParams, Speculation
+from cluster.core.types import GenerateRequest, ModelInfo, SamplingParams, Speculation
 
 MAX_REQUEST_BYTES = 4 * 2**20
 MAX_REQUEST_ID = 128
 MAX_CACHE_SALT = 512
+DRAWN_SEEDS = 2**53  # clients get them back in JSON, whose numbers many read as doubles
 ROLES = ("system", "user", "assistant")
 THREAD_ABOVE_CHARS = 4096
 """Longer texts are tokenised in a thread: shorter ones cost less than the hop."""
@@ -130,13 +131,14 @@ class Codec:
         if len(asked.cache_salt) > MAX_CACHE_SALT:
             raise InvalidArgument("cache_salt", f"{len(asked.cache_salt)} characters, at most {MAX_CACHE_SALT}")
         prompt = await self._tokenize(asked)
+        room = _room(asked, len(prompt), info)  # before a look at each id: there may be millions
         _check_ids(asked.prompt_field, prompt, info.vocab_size)
-        _check_ids("resume_token_ids", asked.resume_token_ids, info.vocab_size)
-        params = _params(asked, len(prompt), info)
+        params = _params(asked, len(prompt), room, info)
         if len(asked.resume_token_ids) > params.max_tokens:  # as many are answered by why the output ended
             raise InvalidArgument(
                 "resume_token_ids", f"{len(asked.resume_token_ids)} ids are more than max_tokens={params.max_tokens}"
             )
+        _check_ids("resume_token_ids", asked.resume_token_ids, info.vocab_size)
         return GenerateRequest(
             request_id=asked.request_id or f"gen-{uuid.uuid4().hex}",
             prompt_token_ids=prompt,
@@ -149,6 +151,7 @@ class Codec:
             owner=owner_of(asked.authorization, asked.cache_salt),
             trace_parent=asked.trace_parent,
             call_id=uuid.uuid4().hex,
+            served=info.served,
         )
 
     async def _tokenize(self, asked: ClientRequest) -> tuple[int, ...]:
@@ -213,8 +216,8 @@ def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
             raise InvalidArgument(f"{name}.{index}", f"token id {token} is outside [0, {vocab_size})")
 
 
-def _params(asked: ClientRequest, prompt_len: int, info: ModelInfo) -> SamplingParams:
-    """Sampling parameters with seed and max_tokens resolved, checked against the model's context and vocabulary."""
+def _room(asked: ClientRequest, prompt_len: int, info: ModelInfo) -> int:
+    """How many tokens the context has left behind the prompt."""
     if prompt_len == 0:
         raise InvalidArgument(asked.prompt_field, "is empty; at least one token is needed")
     room = info.max_model_len - prompt_len
@@ -223,8 +226,13 @@ def _params(asked: ClientRequest, prompt_len: int, info: ModelInfo) -> SamplingP
             asked.prompt_field,
             f"{prompt_len} tokens leave no room for output; the context holds {info.max_model_len}",
         )
+    return room
+
+
+def _params(asked: ClientRequest, prompt_len: int, room: int, info: ModelInfo) -> SamplingParams:
+    """Sampling parameters with seed and max_tokens resolved, checked against the model's context and vocabulary."""
     values = {"max_tokens": room, **asked.params}
-    values.setdefault("seed", secrets.randbelow(MAX_SEED + 1))
+    values.setdefault("seed", secrets.randbelow(DRAWN_SEEDS))
     try:
         params = SamplingParams(**values)
     except InvalidArgument as error:

@@ -6,6 +6,7 @@ from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
 from cluster.core.config import ServiceConfig
+from cluster.core.types import served_as, tokenizer_hash
 from cluster.engine.weights import load_tokenizer, resolve_model
 from deployments.codec import Codec
 from deployments.ingress_grpc import GrpcDoor
@@ -19,7 +20,8 @@ class Ingress(GrpcDoor):
 
     def __init__(self, config: ServiceConfig, target: DeploymentHandle) -> None:
         tokenizer = load_tokenizer(resolve_model(config.model.source))
-        self.service = Service(config, Codec(tokenizer, config.request_timeout_s), Targets(target))
+        served = served_as(config.model.name, tokenizer_hash(tokenizer.get_vocab()))
+        self.service = Service(config, Codec(tokenizer, config.request_timeout_s), Targets(target, served))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor (late-bound ``serve.ingress()``)."""

@@ -6,9 +6,11 @@ The only door module that knows Ray's and Serve's errors.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -52,8 +54,11 @@ def typed_error(error: BaseException) -> PacelineError:
 class Targets:
     """All target replicas behind one handle. ``start`` keeps ``info`` and ``serving`` fresh until ``stop``."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, served: str) -> None:
+        """``served``: the doors' own model (``ModelInfo.served``); targets of another one, which this one replaces or
+        which replaces it, are as good as none."""
         self._handle = handle
+        self._served = served
         # Items travel inline: a third less CPU per item than as object refs.
         self._streaming = handle.options(method_name="generate", stream=True, _by_reference=False)
         self._info: ModelInfo | None = None
@@ -72,6 +77,15 @@ class Targets:
         if self._info is None:
             raise EngineUnavailable("no target is serving yet: loading")
         return self._info
+
+    async def known(self, timeout_s: float) -> ModelInfo:
+        """``info``, once a target has answered. Raises ``EngineUnavailable`` where none does within ``timeout_s``."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), aclosing(self.watch()) as states:
+                async for _ in states:
+                    if self._info is not None:
+                        break
+        return self.info
 
     @property
     def last_info(self) -> ModelInfo | None:
@@ -123,12 +137,15 @@ class Targets:
         response = self._handle.info.remote()
         try:
             async with asyncio.timeout(timeout_s):
-                self._info = await response
+                info: ModelInfo = await response
         except TimeoutError:
             response.cancel()
             raise EngineUnavailable(f"no target answered within {timeout_s:g} s") from None
         except Exception as error:
             raise typed_error(error) from None
+        if info.served != self._served:
+            raise EngineUnavailable(f"the target that answered serves another model, {info.model}")
+        self._info = info
 
     async def abort(self, request_id: str, call_id: str = "", epoch: int | None = None) -> bool:
         """End a request wherever it runs; see ``Engine.abort``. False where no target knew it."""
@@ -161,10 +178,10 @@ class Targets:
     async def _refresh_forever(self) -> None:
         """Serving is who answers for itself, however long the queue before it: not what the router makes of it."""
         while True:
-            try:
+            answers: list[ModelInfo] = []
+            with contextlib.suppress(PacelineError):
                 answers = await self._broadcast("info", timeout_s=PROBE_TIMEOUT_S)
-            except PacelineError:
-                answers = []
+            answers = [info for info in answers if info.served == self._served]
             if answers:
                 self._info = answers[0]
             self._set_serving(bool(answers))

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from protos import generation_pb2 as pb
 from protos import generation_pb2_grpc
 
 PROMPT = "Write a short poem about the sea. Then write the same poem again, word for word."
+DOORS = ("http_options", "grpc_options")
 STATE = Path(".run/state.json")
 LOG = Path(".run/ray.log")
 START_TIMEOUT_S = 120.0
@@ -73,9 +75,9 @@ def main() -> int:
     try:
         if args.stop:
             return stop()
-        config = yaml.safe_load(args.config.read_text())
+        config = read(args.config)
         prepare(config)
-        dashboard = start_ray()
+        dashboard = start_ray([config[door]["port"] for door in DOORS])
         deploy(args.config, {application["name"] for application in config["applications"]}, dashboard)
         address = f"127.0.0.1:{config['grpc_options']['port']}"
         wait_until_serving(address)
@@ -161,14 +163,36 @@ def prepare(config: dict[str, Any]) -> None:
         print(f"  {choose_kernels('auto', dtype).name} kernels", flush=True)
 
 
-def start_ray() -> str:
-    """Start a head node, or find the one that an earlier call started. Returns the dashboard's address."""
+def read(path: Path) -> dict[str, Any]:
+    """A Serve config file. Raises ``SetupError`` for what is none, or has not all that is needed here."""
+    try:
+        config = yaml.safe_load(path.read_text())
+        for door in DOORS:
+            int(config[door]["port"])
+        [application["name"] for application in config["applications"]]
+    except (OSError, yaml.YAMLError) as error:
+        raise SetupError(f"{path}: {error}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        needed = ", ".join(f"{door}.port" for door in DOORS)
+        raise SetupError(f"{path} needs applications with names, {needed}; missing or wrong: {error}") from None
+    found: dict[str, Any] = config
+    return found
+
+
+def start_ray(doors: Sequence[int] = ()) -> str:
+    """Start a head node, or find the one that an earlier call started. Returns the dashboard's address.
+
+    Raises ``SetupError`` where another process listens on one of ``doors``: Serve would share the port with it.
+    """
     if STATE.exists():
         state = json.loads(STATE.read_text())
         if state["pid"] in _processes(state):
             print(f"Ray is up already (process {state['pid']})")
             return str(state["dashboard"])
         stop()  # what a dead head left behind
+    for door in doors:
+        if not _is_free(door):
+            raise SetupError(f"port {door} is in use by another process; set another one in a copy of the config file")
     STATE.parent.mkdir(exist_ok=True)
     _tool("ray", "get-auth-token", "--generate")
     port, dashboard_port = _free_port(6379), _free_port(8265)
@@ -305,6 +329,16 @@ def _processes(head: dict[str, Any]) -> set[int]:
             if ours and int(session) == head["pid"] and state != "Z":
                 members.add(int(stat.parent.name))
     return members
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what only waits to be forgotten does not matter
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError:
+            return False
+        return True
 
 
 def _free_port(preferred: int) -> int:

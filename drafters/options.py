@@ -83,7 +83,7 @@ class S3DOptions(_Options):
 
 
 class StagedOptions(_Options):
-    """The two stages, in the form of stage configurations. ``small_nodes``: least size of small's tree, however few are asked."""
+    """The two stages, in the form of stage configurations. ``small_nodes``: least size of small's tree."""
 
     small: dict[str, Any]
     medium: dict[str, Any]

@@ -9,9 +9,9 @@ from benchmarks.faults.catalogue import BY_NAME
 
 HEAD = """# Faults
 
-Written by `python -m benchmarks.faults --docs docs/faults.md`. Every fault strikes real processes of a real service (Ray, Serve, both draft
-stages as workers of their own, a tiny fp32 target) under steady load: {streams} gRPC streams at any time, greedy and
-sampled requests in turn, each answer compared, ids and text, with the undisturbed one.
+Written by `python -m benchmarks.faults --docs docs/faults.md`. Every fault strikes real processes of a real service
+(Ray, Serve, both draft stages as workers of their own, a tiny fp32 target) under steady load: {streams} gRPC streams
+at any time, greedy and sampled requests in turn, each answer compared, ids and text, with the undisturbed one.
 
 * **Lost** requests and **differing** answers have to be 0. Where the door itself dies, the client repeats the call with
   the tokens it has (`deployments.client.replaying_stream`); what counts is the whole answer.

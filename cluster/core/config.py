@@ -50,7 +50,9 @@ class EngineConfig(_Config):
     max_waiting: int = Field(default=64, ge=0, description="sessions that may wait for a slot before 429")
     max_nodes: int = Field(default=24, ge=0, le=256, description="nodes of one session's tree, at most")
     max_rows: int = Field(default=64, ge=8, description="rows of one step: tree nodes plus prefill tokens")
-    prefill_chunk: int = Field(default=256, ge=1, description="prefill tokens of one session in one step, at most; never more than max_rows")
+    prefill_chunk: int = Field(
+        default=256, ge=1, description="prefill tokens of one session in one step, at most; never more than max_rows"
+    )
     prefill_slowdown: float = Field(
         default=2.0, ge=1.0, description="how much longer prompts may make a step of the sessions that decode"
     )

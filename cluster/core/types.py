@@ -17,6 +17,9 @@ import numpy as np
 from cluster.core.errors import InvalidArgument
 
 MAX_SEED = 2**64 - 1
+MAX_STOP_CHARS = 1024
+MAX_TOKEN_FIELDS = 1024
+"""Entries of ``stop_token_ids`` and of ``logit_bias``: each is looked at in every step, which others share."""
 MAX_PRIORITY = 2**31 - 1
 STAGE_NAMES = ("small", "medium")
 
@@ -78,6 +81,11 @@ class SamplingParams:
             f"{self.min_tokens} is outside [0, max_tokens={self.max_tokens}]",
         )
         _require(len(self.stop) <= 16, "stop", f"{len(self.stop)} stop strings, at most 16")
+        _require(
+            all(len(text) <= MAX_STOP_CHARS for text in self.stop), "stop", f"more than {MAX_STOP_CHARS} characters"
+        )
+        for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
+            _require(len(ids) <= MAX_TOKEN_FIELDS, name, f"{len(ids)} tokens, at most {MAX_TOKEN_FIELDS}")
         _require(all(self.stop), "stop", "an empty stop string would end every answer at once")
         _require(
             -2.0 <= self.presence_penalty <= 2.0, "presence_penalty", f"{self.presence_penalty} is outside [-2, 2]"
@@ -130,6 +138,7 @@ class GenerateRequest:
     ``trace_parent``: the client's span, as W3C's ``traceparent`` header has it; "" where there is none.
     ``call_id``: tells calls apart whose client uses a request id again; all attempts of one call share it.
     ``admitted``: an earlier attempt was, so this one is not refused, and goes before new requests.
+    ``served``: what it was made for (``ModelInfo.served``); "" for whatever there is.
     """
 
     request_id: str
@@ -145,6 +154,7 @@ class GenerateRequest:
     trace_parent: str = ""
     call_id: str = ""
     admitted: bool = False
+    served: str = ""
 
     def replaces(self, other: GenerateRequest) -> bool:
         """Whether this is a later attempt of the same call."""
@@ -244,6 +254,15 @@ class ModelInfo:
     row_invariant: bool
     stages: tuple[str, ...]
     tokenizer_hash: str
+
+    @property
+    def served(self) -> str:
+        return served_as(self.model, self.tokenizer_hash)
+
+
+def served_as(model: str, tokenizer_hash: str) -> str:
+    """Tells models apart while one replaces another: ids that were made for one mean nothing to the other."""
+    return f"{model} {tokenizer_hash}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ ANSWERS = [
 def test_a_chat_has_other_questions_up_to_a_size():
     chat = shifted_prompts.chat_before(2, ASKED, ANSWERS, 100)
     asked = [message["content"] for message in chat[::2]]
-    assert asked and "question 2?" not in asked
+    assert asked
+    assert "question 2?" not in asked
     assert [message["role"] for message in chat] == ["user", "assistant"] * len(asked)
     assert [message["content"] for message in chat[1::2]] == [text.replace("question", "answer")[:-1] for text in asked]
     assert sum(10 + 10 * int(text[9]) for text in asked) <= 100

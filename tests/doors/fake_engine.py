@@ -29,7 +29,9 @@ from cluster.core.types import (
     SpeculationStats,
     StageStats,
     StreamItem,
+    tokenizer_hash,
 )
+from cluster.engine.weights import load_tokenizer, resolve_model
 
 VOCAB_SIZE = 258
 BLOCK = (Origin.SMALL, Origin.MEDIUM, Origin.TARGET)
@@ -63,6 +65,8 @@ class FakeEngine:
 
     def __init__(self, config: ServiceConfig) -> None:
         self._config = config
+        tokenizer = load_tokenizer(resolve_model(config.model.source))
+        self._tokenizer_hash = tokenizer_hash(tokenizer.get_vocab())
         self._aborts: dict[str, tuple[GenerateRequest, asyncio.Event]] = {}
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[StreamItem, None]:
@@ -148,7 +152,7 @@ class FakeEngine:
             kernels="torch",
             row_invariant=True,
             stages=("small",),
-            tokenizer_hash="0" * 16,
+            tokenizer_hash=self._tokenizer_hash,
         )
 
     def load(self) -> Load:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,13 @@ def test_a_refused_request_is_one_line_on_stderr(doors: Doors, capsys: pytest.Ca
 
 @pytest.mark.cluster
 def test_another_vocabulary_is_told_and_shown_without_colours(
-    doors: Doors, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+    doors: Doors, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--color", "always", "--tokenizer", str(tokenizer_folder)]
+    other = shutil.copytree(tokenizer_folder, tmp_path / "other")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(other)
+    options = ["--color", "always", "--tokenizer", str(other)]
     assert main(["--address", doors.address, *ASK, *options]) == 0
     assert "vocabulary" in capsys.readouterr().err
 

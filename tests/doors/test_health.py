@@ -37,6 +37,9 @@ class NoTargets:
     def info(self) -> Any:
         raise EngineUnavailable("no target is serving yet: loading")
 
+    async def known(self, timeout_s: float) -> Any:
+        return self.info
+
 
 class Context:
     """Stands for Serve's gRPC context."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,19 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from cluster.core.errors import EngineUnavailable, Overloaded
-from cluster.core.types import FinishReason, GenerateRequest, Origin, SamplingParams, SpeculationStats, StreamItem
+from cluster.core.types import (
+    FinishReason,
+    GenerateRequest,
+    ModelInfo,
+    Origin,
+    SamplingParams,
+    SpeculationStats,
+    StreamItem,
+)
 from deployments.targets import Targets
 
+SERVED = ModelInfo("model", "Llama", 10, 32, "float32", "torch", True, (), "hash")
+OTHER = replace(SERVED, tokenizer_hash="another")
 REQUEST = GenerateRequest("lost", (1, 2, 3), SamplingParams(), epoch=2, call_id="call")
 
 
@@ -69,7 +80,7 @@ class Handle:
 async def read(handle: Handle) -> list[StreamItem]:
     targets: Any = Targets
     items: list[StreamItem] = []
-    view = targets(handle)
+    view = targets(handle, SERVED.served)
     try:
         async for item in view.open(REQUEST):
             items.append(item)
@@ -91,25 +102,25 @@ def test_all_targets_are_asked_and_those_that_answer_count(monkeypatch: pytest.M
     view: Any = Targets
     handle = Handle(None)
     handle.replies = [Reply(("b", 2)), Reply(None), Reply(EngineUnavailable("failed")), Reply(("a", 1))]
-    assert asyncio.run(view(handle).loads()) == [("a", 1), ("b", 2)]
+    assert asyncio.run(view(handle, SERVED.served).loads()) == [("a", 1), ("b", 2)]
     handle.error = DeploymentUnavailableError(DeploymentID("Target", "app"))
-    assert asyncio.run(view(handle).loads()) == []
-    assert not asyncio.run(view(handle).abort("somebody"))
+    assert asyncio.run(view(handle, SERVED.served).loads()) == []
+    assert not asyncio.run(view(handle, SERVED.served).abort("somebody"))
 
 
 @pytest.mark.parametrize("failed", [0, 1])
 def test_one_target_that_answers_makes_the_service_serve(failed: int) -> None:
     async def refreshed() -> tuple[bool, Any]:
         handle = Handle(None)
-        handle.replies = [Reply("info"), Reply(EngineUnavailable("the engine is failed"))][:: 1 - 2 * failed]
+        handle.replies = [Reply(SERVED), Reply(EngineUnavailable("the engine is failed"))][:: 1 - 2 * failed]
         view: Any = Targets
-        targets = view(handle)
+        targets = view(handle, SERVED.served)
         targets.start()
         await asyncio.sleep(0.05)
         await targets.stop()
         return targets.serving, targets.last_info
 
-    assert asyncio.run(refreshed()) == (True, "info")
+    assert asyncio.run(refreshed()) == (True, SERVED)
 
 
 def test_a_target_that_refuses_or_ends_has_nothing_to_be_told() -> None:
@@ -120,3 +131,20 @@ def test_a_target_that_refuses_or_ends_has_nothing_to_be_told() -> None:
     ending = Handle(None, last)
     assert asyncio.run(read(ending)) == [last]
     assert refusing.calls == ending.calls == []
+
+
+def test_targets_of_another_model_are_as_good_as_none() -> None:
+    async def seen(*replies: Any) -> tuple[bool, Any]:
+        handle, view = Handle(None), Targets
+        handle.replies = list(map(Reply, replies))
+        targets = view(handle, SERVED.served)  # type: ignore[arg-type]
+        targets.start()
+        try:
+            return targets.serving, await targets.known(0.1)
+        except EngineUnavailable:
+            return targets.serving, None
+        finally:
+            await targets.stop()
+
+    assert asyncio.run(seen(OTHER)) == (False, None)
+    assert asyncio.run(seen(OTHER, SERVED)) == (False, SERVED)  # not serving when it began to wait
