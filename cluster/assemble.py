@@ -162,9 +162,14 @@ def round_tracer(engine: EngineConfig) -> RoundTracer | None:
 
 
 def forget_curve(path: Path) -> None:
-    """What service shows is not what was measured: the next start measures anew."""
-    log.info("the cost curve does not hold in service: it will be measured anew at the next start")
-    path.unlink(missing_ok=True)
+    """What service shows is not what was measured: the next start measures anew. Raises nothing: it is called within a
+    round, and a cache that cannot be written to is no reason to end one."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("the cost curve does not hold in service, and cannot be deleted: %s", error)
+    else:
+        log.info("the cost curve does not hold in service: it will be measured anew at the next start")
 
 
 def build_engine(

@@ -78,15 +78,18 @@ def contexts(capacity: int) -> tuple[int, int]:
 
 
 def kept_curve(rank: Rank, max_rows: int, path: Path, report: Callable[[str], None] = log.info) -> CostCurve:
-    """The curve in ``path`` where it still holds; else a new one, which is left there."""
+    """The curve in ``path`` where it still holds; else a new one, which is left there if the folder can be written."""
     curve = load_curve(path)
     if curve is not None and curve.rows[-1] == max_rows and still_holds(rank, curve):
         return curve
     report(f"measuring the cost curve of steps up to {max_rows} rows")
     curve = measure_steps(rank, max_rows)
     fresh = path.with_suffix(f".{time.monotonic_ns()}")
-    fresh.write_text(json.dumps(asdict(curve)))
-    fresh.replace(path)
+    try:
+        fresh.write_text(json.dumps(asdict(curve)))
+        fresh.replace(path)
+    except OSError as error:  # a cache that is read-only, or full: the next start measures again
+        log.warning("the cost curve cannot be kept: %s", error)
     return curve
 
 

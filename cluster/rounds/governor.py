@@ -195,8 +195,8 @@ class Governor:
                 and self.rows[shape.rows] % DRIFT_CHECK == 0
                 and self.cost.drift > STALE_FACTOR
             ):
-                self.on_drift()
-                self.on_drift = None
+                report, self.on_drift = self.on_drift, None
+                report()
         self.gate.tick(spent.total)
 
     def forget(self, session_id: str) -> None:

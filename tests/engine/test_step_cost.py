@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 
+from cluster.assemble import forget_curve
 from cluster.engine import step_cost
 from cluster.engine.step_cost import CostCurve, curve_path, kept_curve, load_curve, measure_steps
 
@@ -77,3 +78,11 @@ def test_the_path_tells_what_the_curve_depends_on(make_model, tmp_path, monkeypa
     ]
     assert curve_path(*base) == curve_path(*base[:-1], 8192)
     assert len({curve_path(*key) for key in [base, *others]}) == 6
+
+
+def test_a_curve_that_cannot_be_kept_or_deleted_is_used_all_the_same(rank, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    curve = kept_curve(rank, 4, tmp_path / "file" / "curve.json")  # as in a cache that is read-only, for root as well
+    assert curve.rows[-1] == 4
+    forget_curve(tmp_path)  # a folder is not deleted as a file
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 
@@ -237,3 +238,19 @@ def test_a_step_without_decoding_sessions_is_no_choice() -> None:
     report = governor.report("local")
     assert report.choices == {}
     assert sum(report.nodes.counts) == 0
+
+
+def test_drift_is_reported_once_even_where_the_report_fails() -> None:
+    governor, calls = Governor(EngineConfig(), CURVE), list[int]()
+
+    def on_drift() -> None:
+        calls.append(1)
+        raise RuntimeError("nobody listens")
+
+    governor.on_drift = on_drift
+    for at in range(1000):
+        shape = Shape(1, (0, 7)[at % 2], 0, 0.0)
+        seconds = CURVE.at(shape.rows) * (2.5 if shape.nodes else 1.0)
+        with contextlib.suppress(RuntimeError):
+            governor.observe("local", shape, 1, RoundSpent(0.0, seconds, 0.0, seconds))
+    assert calls == [1]
