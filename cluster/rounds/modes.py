@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 PLAIN, LOCAL, REMOTE, ALTERNATING, MIXED = "plain", "local", "remote", "alternating", "mixed"
-"""Alternating: remote stages draft for half of the sessions while the others are verified. Mixed rounds, in which only
-some sessions' stages were ready, are measured for none."""
+"""Alternating: remote stages draft for half of the sessions while the others are verified. Mixed rounds, in which some
+sessions' stages were ready and others' will be, are measured for none."""
 
 FROM_STAGES = (REMOTE, ALTERNATING)
 

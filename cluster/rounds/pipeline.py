@@ -178,9 +178,17 @@ class Pipeline:
         with self._arrived:
             return all(
                 (known := self._sessions.get(session_id)) is not None
-                and (any(self._in_use(session_id, stage) for stage in known.held) or self._stranded(session_id))
+                and (any(self._in_use(session_id, stage) for stage in known.held) or self.stranded(session_id))
                 for session_id in session_ids
             )
+
+    def stranded(self, session_id: str) -> bool:
+        """Whether the session has workers, all of them left out, or has waited for one for long."""
+        with self._arrived:
+            workers = [(s, w) for s in self.stages if (w := self._transport.worker(session_id, s)) is not None]
+            known = self._sessions.get(session_id)
+            waited_s = self._clock() - known.leasing_s if known is not None else 0.0
+            return not any(self._usable(*each) for each in workers) if workers else waited_s > LEASE_PATIENCE_S
 
     @property
     def broken(self) -> bool:
@@ -287,13 +295,6 @@ class Pipeline:
     def _in_use(self, session_id: str, stage: str) -> bool:
         """Whether the session has a worker of the stage, and one that is not left out."""
         return self._usable(stage, self._transport.worker(session_id, stage))
-
-    def _stranded(self, session_id: str) -> bool:
-        """Whether the session has workers, all of them left out, or has waited for one for long."""
-        workers = [(s, worker) for s in self.stages if (worker := self._transport.worker(session_id, s)) is not None]
-        if not workers:
-            return self._clock() - self._sessions[session_id].leasing_s > LEASE_PATIENCE_S
-        return not any(self._usable(stage, worker) for stage, worker in workers)
 
     def _due_probe(self, places: Iterable[tuple[str, str]]) -> tuple[str, Hashable] | None:
         """Of the workers (session, stage) that are left out, the one whose turn it is, and of which stage.

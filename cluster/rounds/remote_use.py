@@ -57,8 +57,13 @@ class RemoteUse:
             self.mode = self._choose(reachable, two_groups, measurable)
         if self._pipeline is not None:
             under_way = self._ask(self._pipeline, free, named, reachable, two_groups)
-            if self.mode in FROM_STAGES and not names <= under_way:
-                self.mode = MIXED if names & under_way else self._fallback()
+            without = names - under_way
+            if self.mode in FROM_STAGES and without and without == names:
+                self.mode = self._fallback()
+            elif self.mode in FROM_STAGES and not all(map(self._pipeline.stranded, without)):
+                # Who is stranded will have no trees in the next rounds either: a round without theirs shows what remote
+                # stages yield at this load. Were it measured for none, a trial of them would never end.
+                self.mode = MIXED
 
     def _ask(
         self,
