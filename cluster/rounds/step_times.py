@@ -6,8 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cluster.rounds.calibration import Float64Array
+
 MEMORY = 0.99  # of what was seen counts after one step more
-OUTLIER = 3.0  # times the expected: something else took the time
+OUTLIER = 3.0  # times the expected: something else took the time ...
+MOST_OUTLIERS = 8  # ... unless so many steps in a row did: then it is what is expected that is wrong
+WIDEST = 100.0  # variance in any direction, at most: what was not seen for long is not known, but no less than that
 MIN_STEPS = 8  # before outliers are told, and before anything is declined
 LEAST_FIXED = 0.05  # of the first step's seconds
 PROBE_STEPS = 64  # where guesses do not pay, one step in so many tries them again
@@ -18,25 +22,27 @@ class StepTimes:
 
     def __init__(self) -> None:
         self._steps = 0
+        self._outliers = 0  # in a row
         self._unit = 0.0
         self._weights = [0.0, 0.0, 0.0]
-        self._spread = np.diag([100.0, 1.0, 1.0])  # the prior: rows and verifying cost nothing
+        self._spread = np.diag([WIDEST, 1.0, 1.0])  # the prior: rows and verifying cost nothing
 
     @property
     def known(self) -> bool:
         return self._steps >= MIN_STEPS
 
     def observe(self, rows: int, drafts: int, seconds: float) -> None:
-        """A step of ``rows`` sessions and ``drafts`` guesses took so long."""
+        """A step of ``rows`` sessions and ``drafts`` guesses took so many seconds."""
         self._unit = self._unit or seconds
         at = np.array([1.0, (rows + drafts) / 8, float(drafts > 0)])
         error = seconds / self._unit - float(at @ self._weights)
-        if self.known and seconds > OUTLIER * self.seconds(rows, drafts):
+        outlier = self.known and seconds > OUTLIER * self.seconds(rows, drafts)
+        self._outliers = self._outliers + 1 if outlier else 0
+        if outlier and self._outliers < MOST_OUTLIERS:
             return
         gain = self._spread @ at / (MEMORY + at @ self._spread @ at)
         self._weights = (self._weights + gain * error).tolist()
-        self._spread = (self._spread - np.outer(gain, at @ self._spread)) / MEMORY
-        self._spread = np.minimum(self._spread, 100.0)
+        self._spread = _bounded((self._spread - np.outer(gain, at @ self._spread)) / MEMORY)
         self._steps += 1
 
     def seconds(self, rows: int, drafts: int) -> float:
@@ -44,6 +50,19 @@ class StepTimes:
         fixed, per_row, verifying = self._weights  # plain numbers: asked for every guess
         units = max(fixed, LEAST_FIXED) + max(per_row, 0.0) * (rows + drafts) / 8
         return self._unit * (units + max(verifying, 0.0) if drafts else units)
+
+
+def _bounded(spread: Float64Array) -> Float64Array:
+    """A covariance whose variances are at most ``WIDEST``, and which still is one: element by element it would not be.
+
+    Only the directions that are too wide are cut. Were all scaled down, steps that are always alike would in the end be
+    taken for known for ever, and nothing more be learnt from them.
+    """
+    if np.trace(spread) <= WIDEST:
+        return spread
+    variances, directions = np.linalg.eigh(spread)
+    bounded: Float64Array = (directions * np.minimum(variances, WIDEST)) @ directions.T
+    return bounded
 
 
 class ChainLengths:

@@ -16,7 +16,7 @@ from cluster.rounds.local_drafter import LocalDrafter
 from cluster.rounds.messages import DraftReply
 from cluster.rounds.pipeline import ChainAsk, Deliver, Fail, Pipeline
 from cluster.rounds.rows import FORGET_AFTER_S, Row, RowTexts
-from cluster.rounds.step_times import MIN_STEPS, PROBE_STEPS, ChainLengths, StepTimes
+from cluster.rounds.step_times import MIN_STEPS, MOST_OUTLIERS, PROBE_STEPS, ChainLengths, StepTimes
 from drafters.base import Ask
 
 VOCAB = 1000
@@ -251,6 +251,32 @@ def test_step_times_are_learnt(per_row: float, verifying: float) -> None:
     for rows, drafts in ((1, 0), (1, 4), (8, 0), (8, 32)):
         true = 0.01 + per_row * (rows + drafts) + verifying * (drafts > 0)
         assert times.seconds(rows, drafts) == pytest.approx(true, rel=0.08)
+
+
+def alike(times: StepTimes, steps: int, seconds: float, noise: float = 0.03) -> list[float]:
+    """So many steps of 8 rows without guesses. Returns what such a step was expected to take after each."""
+    rng, expected = np.random.default_rng(0), []
+    for _ in range(steps):
+        times.observe(8, 0, seconds * float(rng.uniform(1 - noise, 1 + noise)))
+        expected.append(times.seconds(8, 0))
+    return expected
+
+
+def test_steps_that_are_always_alike_neither_unsettle_what_is_known_nor_end_the_learning() -> None:
+    times = StepTimes()
+    late = alike(times, 3000, 0.02)[500:]
+    assert late == pytest.approx([0.02] * len(late), rel=0.01)  # less than the noise of one step
+    assert alike(times, 400, 0.028)[-1] == pytest.approx(0.028, rel=0.03)
+
+
+def test_slow_steps_are_outliers_until_there_is_nothing_else() -> None:
+    times = StepTimes()
+    alike(times, 50, 0.02)
+    for _ in range(20):
+        alike(times, MOST_OUTLIERS - 1, 0.2)
+        alike(times, 1, 0.02)
+    assert times.seconds(8, 0) == pytest.approx(0.02, rel=0.03)
+    assert alike(times, 500, 0.2)[-1] == pytest.approx(0.2, rel=0.03)
 
 
 def test_chains_are_as_long_as_they_pay() -> None:
