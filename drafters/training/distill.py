@@ -51,6 +51,19 @@ def spread_layers(num_layers: int, count: int) -> list[int]:
     return [round(index * (num_layers - 1) / (count - 1)) for index in range(count)]
 
 
+def chosen_layers(given: str, num_layers: int) -> list[int]:
+    """``--layers``: how many, or a list of two or more. Raises ``ConfigError`` where it is neither."""
+    try:
+        numbers = [int(layer) for layer in given.split(",")]
+    except ValueError:
+        raise ConfigError(f"--layers: {given!r} is not allowed; allowed: a number, or a list such as 0,1,29") from None
+    if len(numbers) == 1:
+        return spread_layers(num_layers, numbers[0])
+    if beyond := [layer for layer in numbers if not 0 <= layer < num_layers]:
+        raise ConfigError(f"--layers: {beyond[0]} is no layer of the target; allowed: 0 to {num_layers - 1}")
+    return numbers
+
+
 def build_student(target: Any, layers: Sequence[int], rank: int) -> Any:
     """A copy of a transformers decoder (without head) that has only ``layers``, with addends to train."""
     body = target.model
@@ -76,10 +89,11 @@ def build_student(target: Any, layers: Sequence[int], rank: int) -> Any:
 class Distillation(Trainer):
     """The student is a few of the target's layers; its addends and norms are trained."""
 
+    def shape(self) -> dict[str, Any]:
+        self._layers = chosen_layers(self.args.layers, len(self.target.model.layers))
+        return {"layers": self._layers, "rank": self.args.rank}
+
     def build(self) -> Any:
-        given = self.args.layers
-        whole = len(self.target.model.layers)
-        self._layers = [int(layer) for layer in given.split(",")] if "," in given else spread_layers(whole, int(given))
         return build_student(self.target, self._layers, self.args.rank)
 
     def loss(self, batch: Sequence[Piece]) -> Tensor:
@@ -117,7 +131,10 @@ def main(argv: list[str] | None = None) -> int:
         "--layers", default="6", help="how many of the target's layers, evenly spaced, or a list: 0,1,29"
     )
     parser.add_argument("--rank", type=int, default=64, help="of the addends")
-    return command(Distillation, parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    if args.rank < 1:
+        parser.error(f"--rank: {args.rank} is not allowed; allowed: 1 and more")
+    return command(Distillation, args)
 
 
 if __name__ == "__main__":

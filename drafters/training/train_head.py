@@ -31,14 +31,24 @@ class HeadTrainer(Trainer):
 
     weight_decay = 0.01
 
+    @property
+    def ahead(self) -> int:
+        return int(self.args.depth)
+
+    def shape(self) -> dict[str, Any]:
+        args = self.args
+        return {"blocks": args.blocks, "inner": self._inner, "depth": args.depth}
+
     def build(self) -> MlpHead:
-        config, args = self.target.config, self.args
+        config = self.target.config
         self._embedding = self.target.get_input_embeddings().weight
-        return MlpHead(config.hidden_size, args.inner or config.intermediate_size, args.blocks, config.rms_norm_eps)
+        return MlpHead(config.hidden_size, self._inner, self.args.blocks, config.rms_norm_eps)
 
     def loss(self, batch: Sequence[Piece]) -> Tensor:
         tokens, hidden, starts = self._places(batch)
         chosen = starts[torch.rand(len(starts)) < self.args.places]
+        if not len(chosen):  # few places, none drawn: the mean over none would be NaN, and so all weights from then on
+            chosen = starts[torch.randint(len(starts), (1,))]
         with torch.no_grad():
             expected = nn.functional.linear(hidden, self.head).float().log_softmax(-1)
         loss, weights = torch.zeros(()), 0.0
@@ -60,9 +70,12 @@ class HeadTrainer(Trainer):
 
     def export(self, out: Path, tokenizer_hash: str, reached: dict[str, Any]) -> None:
         config, args = self.target.config, self.args
-        inner = args.inner or config.intermediate_size
-        shape = (config.hidden_size, inner, args.blocks, config.rms_norm_eps)
+        shape = (config.hidden_size, self._inner, args.blocks, config.rms_norm_eps)
         save_head(out, HeadHeader(tokenizer_hash, *shape, args.depth, reached), self.module, self.head_tokens)
+
+    @property
+    def _inner(self) -> int:
+        return int(self.args.inner or self.target.config.intermediate_size)
 
     def _places(self, batch: Sequence[Piece]) -> tuple[Tensor, Tensor, Tensor]:
         """All tokens of the batch in a row, the target's hidden states behind them, and where walks can start."""
@@ -71,7 +84,7 @@ class HeadTrainer(Trainer):
         starts: list[Tensor] = []
         at = 0
         for piece in batch:
-            starts.append(torch.arange(at, at + max(0, len(piece.tokens) - self.args.depth)))
+            starts.append(torch.arange(at, at + len(piece.tokens) - self.args.depth))  # longer than that, each
             at += len(piece.tokens)
         return tokens, hidden, torch.cat(starts)
 
@@ -95,7 +108,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--inner", type=int, default=0, help="width of a block; 0: that of the target's MLP")
     parser.add_argument("--depth", type=int, default=4, help="steps on its own states in training")
     parser.add_argument("--places", type=float, default=0.5, help="share of a text's places walked from in an epoch")
-    return command(HeadTrainer, parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    for name, least in (("blocks", 1), ("inner", 0), ("depth", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name}: {getattr(args, name)} is not allowed; allowed: {least} and more")
+    return command(HeadTrainer, args)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ The target stays frozen: what is trained is used by draft passes alone, so the t
 step some chats run through the target, and groups of masks behind random tokens of its replies learn to guess what
 comes (``s3d_model.py``). ``--out`` holds a usable adapter from the first save on: a running average of the steps so
 far, the better the longer it runs. A run that is broken off goes on where it was saved, also towards more ``--steps``.
-``--start`` begins with another adapter's masks and layers, say of one that keeps more layers.
+Another run's state in ``--out`` is refused. ``--start`` begins with another adapter's masks and layers, say of one that
+keeps more layers.
 
 A 135M target on two free cores takes about two seconds a step, and 2,000 steps are once through 1.3 M tokens. On a GPU
 ``--device cuda --chats-per-step 16`` is another matter of minutes.
@@ -21,8 +22,8 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,13 @@ from cluster.engine.kernels import DTYPES
 from cluster.engine.weights import load_weights, read_config, resolve_model
 from drafters.s3d_adapter import S3DAdapter, S3DHeader, S3DShape, find_adapter
 from drafters.shipped_store import tokenizer_of
+from drafters.training.claims import model_digest, refuse_others, text_digest
 from drafters.training.s3d_model import TwoStream, loss_of
 
 STATE = "training.pt"
 WARM_UP = 20
 CLIP = 1.0
+EXAM_SHARE = 4  # a chat held out is measured at one of so many ``--groups``
 AVERAGED = 5.0  # the average spans about the last fifth of the steps
 
 
@@ -71,10 +74,11 @@ def read_chats(paths: Sequence[Path], gamma: int, max_tokens: int, device: str) 
 
 
 class Trainer:
-    """The model, its optimizer and the running average. ``step``: steps done."""
+    """The model, its optimizer and the running average. ``step``: steps done; own: whose states it saves and loads."""
 
-    def __init__(self, model: TwoStream, args: argparse.Namespace) -> None:
+    def __init__(self, model: TwoStream, args: argparse.Namespace, own: Mapping[str, Any]) -> None:
         self.step = 0
+        self._own = dict(own)
         self.average = {name: value.detach().clone() for name, value in model.trained.items()}
         self._model, self._args = model, args
         self._optimizer = torch.optim.Adam(model.trained.values(), lr=args.lr, betas=(0.9, 0.98))
@@ -111,6 +115,7 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         state = {
+            "run": self._own,
             "step": self.step,
             "trained": self._model.trained,
             "average": self.average,
@@ -120,7 +125,9 @@ class Trainer:
         path.with_suffix(".new").replace(path)
 
     def load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
+        """Go on where ``path`` was saved. Raises ``ConfigError`` where that was another run."""
+        state = torch.load(path, weights_only=True, map_location=self._args.device)
+        refuse_others(f"--out: {path.parent}", state.get("run", {}), self._own)
         self.step, self.average = state["step"], state["average"]
         self._swap(state["trained"])
         self._optimizer.load_state_dict(state["optimizer"])
@@ -159,7 +166,7 @@ def batches(chats: Sequence[Chat], args: argparse.Namespace, first: int) -> Iter
 def run(trainer: Trainer, chats: list[Chat], header: S3DHeader, args: argparse.Namespace) -> S3DHeader:
     """Train up to ``args.steps``, saving on the way. Returns the header of the last adapter written."""
     unseen, seen = chats[: args.held_out], chats[args.held_out :]
-    exam = [chat.cut(random.Random(index), args.groups // 4, args.gamma) for index, chat in enumerate(unseen)]
+    exam = [chat.cut(random.Random(index), args.groups // EXAM_SHARE, args.gamma) for index, chat in enumerate(unseen)]
     start, before, losses = time.monotonic(), trainer.step, []
     for batch in batches(seen, args, trainer.step):
         if trainer.step >= args.steps:
@@ -213,6 +220,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
+    for name, least in (("gamma", 1), ("rank", 1), ("groups", EXAM_SHARE), ("held_out", 1)):
+        if getattr(args, name) < least:
+            option = name.replace("_", "-")
+            parser.error(f"--{option}: {getattr(args, name)} is not allowed; allowed: {least} and more")
+    if args.start and (args.out / STATE).is_file():
+        parser.error(f"--start: {args.out} holds a run, which goes on from its own state; allowed: none, or a new --out")
     if args.threads:
         torch.set_num_threads(args.threads)
     folder = resolve_model(args.model, lambda line: print(line, file=sys.stderr))
@@ -223,15 +236,24 @@ def main(argv: list[str] | None = None) -> int:
         config.num_layers, args.bottom, args.top, args.gamma, args.rank, min(args.head_size, config.vocab_size)
     )
     weights = {name: value.to(args.device) for name, value in load_weights(folder, config, DTYPES[args.dtype]).items()}
-    trainer = Trainer(TwoStream(config, weights, shape), args)
+    chats = read_chats(args.chats, args.gamma, args.max_tokens, args.device)
+    if len(chats) <= args.held_out:
+        parser.error(f"--chats: {len(chats)} chats with room for a group; needed: more than {args.held_out}, held out")
+    own = {
+        "model": model_digest(folder),
+        "text": text_digest([*chat.places, -1, *chat.tokens.tolist()] for chat in chats),
+        "shape": asdict(shape),
+        "seed": args.seed,
+        "number of chats per step": args.chats_per_step,
+        "number of groups": args.groups,
+        "number of chats held out": args.held_out,
+    }
+    trainer = Trainer(TwoStream(config, weights, shape), args, own)
     if (args.out / STATE).is_file():
         trainer.load(args.out / STATE)
     elif args.start:
         trainer.start_from(S3DAdapter.load(find_adapter(args.start, config, folder), config, tokenizer_of(folder)))
     args.out.mkdir(parents=True, exist_ok=True)
-    chats = read_chats(args.chats, args.gamma, args.max_tokens, args.device)
-    if len(chats) <= args.held_out:
-        parser.error(f"--chats: {len(chats)} chats with room for a group; needed: more than {args.held_out}, held out")
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("chats", "out")}
     settings["chats"] = ", ".join(path.name for path in args.chats)
     header = S3DHeader(config.vocab_size, tokenizer_of(folder), shape, {"settings": settings})

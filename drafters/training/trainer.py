@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import random
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cluster.core.errors import ConfigError, PacelineError
 from cluster.engine.weights import resolve_model
 from drafters.shipped_store import tokenizer_of
+from drafters.training.claims import claim, model_digest, text_digest
 from drafters.training.frequent_tokens import frequent_tokens
 from drafters.training.teacher import Piece, Teacher, batches, rate, read_pieces, schedule
 
@@ -35,18 +34,31 @@ class Trainer(ABC):
     weight_decay = 0.0
 
     def __init__(self, folder: Path, args: argparse.Namespace) -> None:
+        """Raises ``ConfigError`` for a model without tokenizer, for chats of which none can be trained on and another
+        measured on, and where ``args.work`` is another run's."""
         from transformers import AutoModelForCausalLM
 
+        tokenizer = tokenizer_of(folder)
+        if tokenizer is None:
+            raise ConfigError(f"--model: {folder} has no tokenizer.json")
         self.args = args
+        self.tokenizer_hash: str = tokenizer
         self.target = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().requires_grad_(False)
         pieces = read_pieces(args.chats, args.longest, args.max_tokens)
-        held_out = max(1, len(pieces) // 100)
-        self.training, self._validation = pieces[:-held_out], pieces[-held_out:]
+        pieces = [piece for piece in pieces if len(piece.tokens) > self.ahead]
+        self.training, self._validation = split(pieces, self.ahead)
         vocab_size = self.target.config.vocab_size
         self.head_tokens = torch.tensor(frequent_tokens(args.chats, vocab_size, args.head_tokens))
         self.whole_head: Tensor = self.target.get_output_embeddings().weight
         self.head = self.whole_head[self.head_tokens].clone()
-        claim(args.work, {"model": model_digest(folder), "text": text_digest(pieces), "batch size": args.batch_tokens})
+        own = {
+            "model": model_digest(folder),
+            "text": text_digest([piece.start, *piece.tokens] for piece in pieces),
+            "batch size": args.batch_tokens,
+            "seed": args.seed,
+            **self.shape(),
+        }
+        claim(f"--work: {args.work}", args.work / "run.json", own)
         self.teacher = Teacher(self.target, args.work, pieces[-1].start + len(pieces[-1].tokens))
         self._schedule = schedule(self.training, args.batch_tokens, args.epochs, args.seed)
         self.num_steps = len(self._schedule)
@@ -55,6 +67,18 @@ class Trainer(ABC):
         self._optimizer = torch.optim.AdamW(
             self.trained().values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=self.weight_decay
         )
+
+    @property
+    def ahead(self) -> int:
+        """Tokens that are guessed behind a place, in a row: a piece that is no longer has no place."""
+        return 1
+
+    def shape(self) -> dict[str, Any]:
+        """What else a state must share to be this run's own, as JSON keeps it: trained tensors are known by name alone.
+
+        Called before ``build``, when the target is there.
+        """
+        return {}
 
     @abstractmethod
     def build(self) -> Any:
@@ -108,27 +132,21 @@ class Trainer(ABC):
                 value.copy_(state["weights"][name])
 
 
-def claim(work: Path, run: Mapping[str, Any]) -> None:
-    """Note in ``work`` whose states are kept there. Raises ``ConfigError`` where they are another run's."""
-    work.mkdir(parents=True, exist_ok=True)
-    note = work / "run.json"
-    there = json.loads(note.read_text()) if note.is_file() else run
-    if other := [name for name in run if there.get(name) != run[name]]:
+def split(pieces: Sequence[Piece], ahead: int) -> tuple[list[Piece], list[Piece]]:
+    """To train on, and to measure on: of the last ones a hundredth, each with a place behind which the target spoke.
+
+    Raises ``ConfigError`` where there is nothing for one of both.
+    """
+    measurable = [piece for piece in pieces if any(piece.own[1 : len(piece.tokens) - ahead + 1])]
+    held_out = measurable[-max(1, len(pieces) // 100) :]
+    starts = {piece.start for piece in held_out}
+    training = [piece for piece in pieces if piece.start not in starts]
+    if not training or not held_out:
         raise ConfigError(
-            f"--work: {work} holds a run of another {' and '.join(other)}; allowed: its own, or a new one"
+            f"--chats: {len(pieces)} pieces of more than {ahead} tokens, {len(measurable)} with a reply to measure on;"
+            " needed: one to train on and another to measure on"
         )
-    note.write_text(json.dumps(run))
-
-
-def model_digest(folder: Path) -> str:
-    return hashlib.sha256(f"{folder.resolve()}\0{(folder / 'config.json').read_text()}".encode()).hexdigest()[:20]
-
-
-def text_digest(pieces: Sequence[Piece]) -> str:
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(np.array([piece.start, *piece.tokens], np.int64).tobytes())
-    return digest.hexdigest()[:20]
+    return training, held_out
 
 
 def run(kind: Callable[[Path, argparse.Namespace], Trainer], args: argparse.Namespace) -> dict[str, Any]:
@@ -152,16 +170,13 @@ def run(kind: Callable[[Path, argparse.Namespace], Trainer], args: argparse.Name
             left = (time.monotonic() - begun) / (trainer.step - first) * (trainer.num_steps - trainer.step)
             report(f"step {trainer.step} of {trainer.num_steps}: loss {mean:.3f}, {left / 60:.0f} min left")
         if time.monotonic() - saved > args.save_every_s:
-            _save(trainer, folder, state_file)
+            _save(trainer, state_file)
             saved = time.monotonic()
-    return _save(trainer, folder, state_file)
+    return _save(trainer, state_file)
 
 
-def _save(trainer: Trainer, folder: Path, state_file: Path) -> dict[str, Any]:
+def _save(trainer: Trainer, state_file: Path) -> dict[str, Any]:
     args = trainer.args
-    tokenizer = tokenizer_of(folder)
-    if tokenizer is None:
-        raise ConfigError(f"--model: {folder} has no tokenizer.json")
     reached = {
         "steps": trainer.step,
         "of_steps": trainer.num_steps,
@@ -170,7 +185,7 @@ def _save(trainer: Trainer, folder: Path, state_file: Path) -> dict[str, Any]:
         "chats": [path.name for path in args.chats],
         "training_tokens": sum(len(piece.tokens) for piece in trainer.training),
     }
-    trainer.export(args.out, tokenizer, reached)
+    trainer.export(args.out, trainer.tokenizer_hash, reached)
     partial = state_file.with_suffix(".part")
     torch.save(trainer.state(), partial)
     partial.replace(state_file)

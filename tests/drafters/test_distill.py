@@ -101,7 +101,26 @@ def test_another_models_draft_is_refused(draft: Path, tmp_path: Path) -> None:
         find_draft("default", other)
 
 
+def test_a_run_of_other_layers_is_not_gone_on_with(target: Path, chats: Path, tmp_path: Path) -> None:
+    """As many, of the same sizes: the tensors would fit."""
+    args = arguments(target, chats, tmp_path / "draft")
+    distill.Distillation(target, args)
+    args.layers = "0,1,3"
+    with pytest.raises(ConfigError, match=r"--work: .* holds a run of another layers; allowed"):
+        distill.Distillation(target, args)
+    args.layers, args.rank, args.seed = "0,2,3", 4, 1
+    with pytest.raises(ConfigError, match="another seed and rank"):
+        distill.Distillation(target, args)
+
+
+@pytest.mark.parametrize("given", ["5,", "a", "0,4", "0,-1", "5"])
+def test_layers_the_target_does_not_have_are_refused(given: str) -> None:
+    with pytest.raises(ConfigError, match="--layers: .*(allowed|outside)"):
+        distill.chosen_layers(given, 4)
+
+
 def test_layers_are_spread_from_the_first_to_the_last() -> None:
-    assert distill.spread_layers(30, 6) == [0, 6, 12, 17, 23, 29]
+    assert distill.spread_layers(30, 6) == distill.chosen_layers("6", 30) == [0, 6, 12, 17, 23, 29]
+    assert distill.chosen_layers("0,2,3", 4) == [0, 2, 3]
     with pytest.raises(ConfigError, match="--layers: 1"):
         distill.spread_layers(30, 1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import VOCAB
+from tiny import VOCAB, save_tiny_llama
 from tiny_models import save_target, training_arguments
 
 from cluster.core.errors import ConfigError, UnknownSession
@@ -162,9 +164,50 @@ def test_a_folder_of_another_run_is_not_gone_on_with(target: Path, chats: Path, 
     args = arguments(target, chats, tmp_path / "head")
     train_head.HeadTrainer(target, args)
     train_head.HeadTrainer(target, args)
-    args.longest = 3
+    args.longest = 32
     with pytest.raises(ConfigError, match=r"--work: .* holds a run of another text; allowed"):
         train_head.HeadTrainer(target, args)
+
+
+def test_nor_one_of_another_shape_or_seed(target: Path, chats: Path, tmp_path: Path) -> None:
+    train_head.HeadTrainer(target, arguments(target, chats, tmp_path / "head"))
+    for name, value, known_as in (("blocks", 2, "blocks"), ("inner", 40, "inner"), ("depth", 2, "depth"), ("seed", 1, "seed")):
+        args = arguments(target, chats, tmp_path / "head")
+        setattr(args, name, value)
+        with pytest.raises(ConfigError, match=f"holds a run of another {known_as}; allowed"):
+            train_head.HeadTrainer(target, args)
+
+
+def test_pieces_without_room_for_a_walk_are_left_out(target: Path, tmp_path: Path) -> None:
+    """A mean over no place is NaN, and one such step spoils all weights."""
+    path = tmp_path / "chats.jsonl"
+    sizes = [24, 3, 24, 4, 24, 3, 3]  # the last, which would be held out, among those without room
+    lines = [{"token_ids": [5, 9, 17] * 8, "replies": [[1, size]]} for size in sizes]
+    for line, size in zip(lines, sizes):
+        line["token_ids"] = line["token_ids"][:size]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    args = arguments(target, path, tmp_path / "head")
+    args.batch_tokens, args.epochs, args.places = 8, 2, 1e-9  # one piece a batch, of which no place is drawn
+    work = train_head.HeadTrainer(target, args)
+    losses = [work.train(batch) for batch in work.batches()]
+    assert len(losses) == 2 * 3
+    assert all(math.isfinite(value) for value in [*losses, *work.agreement()])
+    args.longest = 3
+    with pytest.raises(ConfigError, match="--chats: 0 pieces of more than 3 tokens"):
+        train_head.HeadTrainer(target, args)
+
+
+def test_a_model_without_tokenizer_is_refused_before_the_first_step(target: Path, chats: Path, tmp_path: Path) -> None:
+    bare = save_tiny_llama(tmp_path / "bare")
+    with pytest.raises(ConfigError, match=r"--model: .* has no tokenizer.json"):
+        train_head.HeadTrainer(bare, arguments(bare, chats, tmp_path / "head"))
+
+
+@pytest.mark.parametrize("option", ["--blocks", "--depth"])
+def test_a_network_of_nothing_is_refused(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_head.main(["--chats", "chats.jsonl", "--out", str(tmp_path), option, "0"])
+    assert f"{option}: 0 is not allowed; allowed: 1 and more" in capsys.readouterr().err
 
 
 def test_another_models_network_is_refused(target: Path, tmp_path: Path) -> None:

@@ -140,6 +140,41 @@ def test_training_starts_from_an_adapter_that_keeps_more_layers(
         train_s3d.main([*common[:-1], "8", *start[2:], "--out", str(tmp_path / "third"), "--steps", "1"])
 
 
+def test_another_runs_state_is_not_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chats, out = write_chats(tmp_path / "chats.jsonl"), tmp_path / "out"
+    model, other = save_model(tmp_path / "target"), save_model(tmp_path / "other", seed=1)
+    common = ["--dtype", "float32", "--gamma", "3", "--rank", "4", "--bottom", "1", "--held-out", "3", "--groups", "8"]
+    common += ["--out", str(out), "--steps", "1"]
+    right = ["--model", str(model), "--chats", str(chats), "--top", "2"]
+    train_s3d.main([*common, *right])
+    others = {
+        "model": ["--model", str(other)],
+        "text": ["--chats", str(write_chats(tmp_path / "more.jsonl", 13))],
+        "shape": ["--top", "1"],
+        "seed": ["--seed", "2"],
+    }
+    for name, changed in others.items():
+        with pytest.raises(ConfigError, match=f"--out: .* holds a run of another {name}; allowed"):
+            train_s3d.main([*common, *right, *changed])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        train_s3d.main([*common, *right, "--start", "default"])
+    assert "--start" in capsys.readouterr().err
+    state = torch.load(out / "training.pt")
+    torch.save({name: value for name, value in state.items() if name != "run"}, out / "training.pt")
+    with pytest.raises(ConfigError, match="another model and text and shape"):  # whose it is was not noted in the past
+        train_s3d.main([*common, *right])
+
+
+@pytest.mark.parametrize(("option", "value", "least"), [("--groups", "3", 4), ("--held-out", "0", 1), ("--gamma", "0", 1)])
+def test_what_nothing_can_be_measured_with_is_refused(
+    option: str, value: str, least: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train_s3d.main(["--chats", "chats.jsonl", "--out", "out", option, value])
+    assert f"{option}: {value} is not allowed; allowed: {least} and more" in capsys.readouterr().err
+
+
 def test_chats_without_room_for_a_group_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "chats.jsonl"
     path.write_text(
