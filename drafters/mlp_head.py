@@ -79,6 +79,16 @@ class HeadHeader:
     provenance: dict[str, Any]
     format: int = FORMAT
 
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """The network's tensors, by name."""
+        hidden, inner = self.hidden_size, self.inner_size
+        sizes: dict[str, tuple[int, ...]] = {"mix.weight": (hidden, 2 * hidden)}
+        sizes |= {f"{name}.weight": (hidden,) for name in ("state_norm", "token_norm", "final_norm")}
+        for index in range(self.blocks):
+            parts = {"norm": (hidden,), "gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+            sizes |= {f"blocks.{index}.{name}.weight": size for name, size in parts.items()}
+        return sizes
+
     @staticmethod
     def read(folder: Path) -> HeadHeader:
         """Raises ``ConfigError`` where there is none, or one this version cannot read."""
@@ -112,7 +122,8 @@ def save_head(folder: Path, header: HeadHeader, network: MlpHead, head_tokens: T
 
 
 def load_head(folder: Path, target: Path, hidden_size: int) -> tuple[HeadHeader, dict[str, Tensor]]:
-    """Header and tensors by name, in fp32. Raises ``ConfigError`` where they are not for the model in ``target``."""
+    """Header and tensors by name, in fp32. Raises ``ConfigError`` where they are not for the model in ``target``,
+    or not of the sizes the header says."""
     header = HeadHeader.read(folder)
     if header.tokenizer_hash != tokenizer_of(target) or header.hidden_size != hidden_size:
         raise ConfigError(f"head: {folder} was made for another model than that in {target}")
@@ -121,6 +132,14 @@ def load_head(folder: Path, target: Path, hidden_size: int) -> tuple[HeadHeader,
     for name, value in tensors.items():
         if name + SCALE in stored:
             tensors[name] = value.float() * stored[name + SCALE]
+    sizes = {name: tuple(value.shape) for name, value in tensors.items()}
+    wrong = sorted(name for name, size in header.sizes().items() if sizes.get(name) != size)
+    if wrong:
+        name = wrong[0]
+        raise ConfigError(
+            f"head: {folder} has {len(wrong)} tensors of another size than {HEADER} says, among them {name} of"
+            f" {sizes.get(name)}; allowed: {header.sizes()[name]}"
+        )
     return header, tensors
 
 

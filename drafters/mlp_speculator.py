@@ -140,7 +140,8 @@ class MlpSpeculator(Follower):
 def load_mlp(folder: Path, target: Path, rank: Rank) -> tuple[MlpForward, torch.Tensor]:
     """The network in ``folder`` on the kernels of ``rank``, and the ids its head knows, (n,) int64 rising.
 
-    Raises ``ConfigError`` where it is not the target's, or the target is sharded: its ranks keep hidden states apart.
+    Raises ``ConfigError`` where it is not the target's, its tensors do not fit together, or the target is sharded: its
+    ranks keep hidden states apart.
     """
     model = rank.decoder.model
     if model is None:
@@ -159,7 +160,9 @@ def load_mlp(folder: Path, target: Path, rank: Rank) -> tuple[MlpForward, torch.
         )
         for index in range(header.blocks)
     ]
-    head_tokens = tensors["head_tokens"].long()
+    head_tokens, vocab_size = tensors["head_tokens"].long(), rank.config.vocab_size
+    if head_tokens.dim() != 1 or not ((head_tokens >= 0) & (head_tokens < vocab_size)).all():
+        raise ConfigError(f"head: {folder} knows tokens beyond the target's; allowed: ids from 0 to {vocab_size - 1}")
     packed = PackedMlpHead(
         embedding=model.embedding,
         state_norm=tensor("state_norm"),

@@ -7,6 +7,7 @@ A folder holds ``header.json`` (``S3DHeader``: whose adapter it is, which layers
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -113,6 +114,11 @@ class S3DAdapter:
                 f" tokenizer {header.tokenizer_hash}; the target has {config.num_layers}, {config.vocab_size} and"
                 f" {tokenizer_hash}"
             )
+        if not 1 <= header.shape.head_size <= config.vocab_size:
+            raise ConfigError(
+                f"adapter: {folder} has head_size {header.shape.head_size}; allowed: 1 to {config.vocab_size},"
+                " the target's tokens"
+            )
         try:
             tensors = load_file(folder / TENSORS)
         except (OSError, SafetensorError) as error:
@@ -134,10 +140,13 @@ class S3DAdapter:
         return pairs
 
     def save(self, folder: Path) -> None:
+        """What stood in ``folder`` is replaced file by file: one that is being loaded meanwhile may fail to load."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.detach().to(torch.bfloat16).contiguous() for name, value in self.tensors.items()}
-        save_file(tensors, folder / TENSORS)
-        (folder / HEADER).write_text(json.dumps(asdict(self.header), indent=2) + "\n")
+        save_file(tensors, folder / f".{TENSORS}")
+        (folder / f".{HEADER}").write_text(json.dumps(asdict(self.header), indent=2) + "\n")
+        for name in (TENSORS, HEADER):
+            os.replace(folder / f".{name}", folder / name)
 
 
 def find_adapter(name: str, config: DecoderConfig, model_folder: Path) -> Path:

@@ -99,7 +99,7 @@ class OperatorKernels(ABC):
 
     def embed(self, model: PackedModel, tokens: torch.Tensor) -> torch.Tensor:
         """(n,) -> (n, hidden)."""
-        if model.masks is None:
+        if model.masks is None or not len(model.masks):  # a view that guesses one token has a table of none
             return model.embedding[tokens]
         count = len(model.embedding)
         known = model.embedding[tokens.clamp(max=count - 1)]

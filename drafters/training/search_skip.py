@@ -7,7 +7,8 @@ First each sub-layer is left out alone; those that matter least are the start. T
 (``drafters/skip_search.py``) tries others, on windows drawn from the chats' greedy replies. Replies of other chats,
 which it never sees, tell what came of it. Each COUNT.json holds the set, its matchness, and how it was found.
 
-A run that is broken off goes on where it was: the search's state is kept beside the result. A trial of 128 tokens takes
+A run that is broken off goes on where it was: the search's state is kept beside the result, with whose it is: that of
+another model or of other texts is refused. A trial of 128 tokens takes
 a 135M model about a tenth of a second on two cores; a few hundred trials are enough.
 """
 
@@ -18,7 +19,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from drafters.skip_proposals import SkipSet, SkipSpace, make_proposer
 from drafters.skip_search import SkipSearch
 from drafters.skip_sets import write_set
 from drafters.swift import uniform_skip
+from drafters.training.claims import model_digest, refuse_others, text_digest, write_whole
 
 GREEDY = SamplingParams(temperature=0.0)
 PREFILL_ROWS = 128
@@ -116,8 +118,18 @@ def matchness(rank: Rank, texts: Sequence[Text], skip: SkipSet) -> float:
     return sum(hits) / len(hits)
 
 
-def search(rank: Rank, skips: SkipSearch, samples: Samples, trials: int, kept: Path) -> None:
-    """Try sets until ``trials`` are done or the search rests. The state is kept in a file after every window."""
+def read_state(kept: Path, own: Mapping[str, str]) -> dict[str, Any]:
+    """What ``search`` wrote. Raises ``ConfigError`` where the run was another than ``own``."""
+    state: dict[str, Any] = json.loads(kept.read_text())
+    refuse_others(f"--out: {kept}", state.get("run", {}), own)
+    return state
+
+
+def search(
+    rank: Rank, skips: SkipSearch, samples: Samples, trials: int, kept: Path, own: Mapping[str, str]
+) -> None:
+    """Try sets until ``trials`` are done or the search rests. The state is kept in a file after every window, with
+    ``own``: what of the run must be the same for the state to be of use."""
     begun, before = time.monotonic(), skips.trials
     reported, number = begun, 10_000 * (1 + skips.trials)
     while skips.trials < trials and not skips.resting:
@@ -126,7 +138,7 @@ def search(rank: Rank, skips: SkipSearch, samples: Samples, trials: int, kept: P
         skips.open()
         while (skip := skips.ask()) is not None:
             skips.tell(score(rank, window, skip))
-        kept.write_text(json.dumps(skips.state()) + "\n")
+        write_whole(kept, json.dumps({"run": own, **skips.state()}) + "\n")
         now = time.monotonic()
         if now - reported > 10:
             reported = now
@@ -167,6 +179,10 @@ def main(argv: list[str] | None = None) -> int:
     if not texts or not held_out:
         parser.error(f"--chats: {args.chats} holds no greedy reply of {SHORTEST} tokens for each of both purposes")
     samples = Samples(texts, args.window, args.seed)
+    own = {
+        "model": model_digest(folder),
+        "text": text_digest([text.first, text.end, *text.tokens.tolist()] for text in texts),
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     ranking: list[int] = []
     for space in spaces:
@@ -174,11 +190,11 @@ def main(argv: list[str] | None = None) -> int:
         proposer = make_proposer(args.proposals, space, args.seed)
         uniform = uniform_skip(space.num_layers, space.count)
         if kept.exists():
-            skips = SkipSearch.restore(space, proposer, json.loads(kept.read_text()))
+            skips = SkipSearch.restore(space, proposer, read_state(kept, own))
         else:
             ranking = ranking or ranked_sub_layers(rank, samples, 2)
             skips = SkipSearch(space, proposer, frozenset(ranking[: space.count]), library=[uniform])
-        search(rank, skips, samples, args.trials, kept)
+        search(rank, skips, samples, args.trials, kept, own)
         measured = {
             "matchness": round(matchness(rank, held_out, skips.incumbent), 4),
             "uniform_matchness": round(matchness(rank, held_out, uniform), 4),

@@ -5,10 +5,11 @@
 Drafters learn a target best from what the target itself says: the n-gram datastore is built from these chats, draft
 models are distilled on them. A chat opens as the model's template opens a user turn, sometimes with a few words that
 set a kind of task; the model samples the rest of that turn and answers it, for several turns. Most replies are greedy,
-some are sampled, as they will be in service. Each line: {"chat", "token_ids", "replies": [[start, end], ...]}.
+some are sampled, as they will be in service. Each line: {"chat", "token_ids", "replies": [[start, end], ...]}; a chat that
+ended without a reply leaves a line without tokens.
 
 Chat i depends on the model, the settings and i only. A run that is broken off goes on where it was: chats that stand
-in the file are kept. Batched plain decoding; a 135M model writes 2 M tokens in about an hour on two cores.
+in the file are kept. The settings are kept beside it, in OUT.run.json; other ones are refused. Batched plain decoding; a 135M model writes 2 M tokens in about an hour on two cores.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
+from cluster.core.errors import ConfigError
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import SamplingParams
 from cluster.core.warp import History
@@ -31,6 +33,7 @@ from cluster.engine.rank import Rank, build_rank
 from cluster.engine.verifier import Prefill, Verifier, Verify
 from cluster.engine.weights import eos_token_ids, load_tokenizer, resolve_model
 from drafters.training.chat_frame import ChatFrame
+from drafters.training.claims import claim, model_digest
 
 # Words that are common to a kind of task and say nothing of its content. Each kind is as likely as any other; the first
 # opens freely, and then the model mostly asks for a text or an explanation.
@@ -46,6 +49,8 @@ OPENINGS = (
     ("Write a Python function", "Write a program that", "Extract the", "Rewrite", "Classify the following"),
 )
 MAX_ROWS = 64
+# What chat i depends on beside the model, its dtype and i.
+SETTINGS = ("max_turns", "user_tokens", "min_user_tokens", "reply_tokens", "sampled_share", "seed")
 OPENING_ROOM, JOINT_ROOM = 64, 32  # tokens that a template usually takes; a chat that would need more ends earlier
 
 
@@ -158,8 +163,17 @@ class ChatWriter:
         return True
 
 
+def claim_file(out: Path, folder: Path, args: argparse.Namespace) -> None:
+    """Note beside ``out`` what its chats depend on. Raises ``ConfigError`` where that differs, or is not known."""
+    note = out.with_name(out.name + ".run.json")
+    if out.is_file() and out.stat().st_size and not note.is_file():
+        raise ConfigError(f"--out: {out} holds chats, and no {note.name} says whose they are; allowed: a new file")
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    claim(f"--out: {out}", note, {"model": model_digest(folder), "dtype": args.dtype, **settings})
+
+
 def written_before(path: Path) -> tuple[set[int], int]:
-    """Chats that stand in the file, and their tokens. A last line that was cut off is taken out."""
+    """Chats that stand in the file, those without replies too, and their tokens. A last line that was cut off is taken out."""
     if not path.exists():
         return set(), 0
     with path.open("rb+") as file:
@@ -175,11 +189,11 @@ def run(writer: ChatWriter, out: TextIO, done: set[int], tokens: int, wanted: in
     if tokens >= wanted:
         return tokens
     for chat in writer.write(index for index in count() if index not in done):
-        if chat.replies:
-            line = {"chat": chat.index, "token_ids": chat.text, "replies": chat.replies}
-            out.write(json.dumps(line, separators=(",", ":")) + "\n")
-            out.flush()
-            tokens += len(chat.text)
+        text = chat.text if chat.replies else []  # a line all the same, so that it is not made again
+        line = {"chat": chat.index, "token_ids": text, "replies": chat.replies}
+        out.write(json.dumps(line, separators=(",", ":")) + "\n")
+        out.flush()
+        tokens += len(text)
         spent = time.monotonic() - start
         if spent - reported > 10 or tokens >= wanted:
             reported = spent
@@ -209,6 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 < args.slots < MAX_ROWS:
         parser.error(f"--slots: {args.slots} is not allowed; allowed: 1 to {MAX_ROWS - 1}")
     folder = resolve_model(args.model, lambda line: print(line, file=sys.stderr))
+    claim_file(args.out, folder, args)
     longest = OPENING_ROOM + args.max_turns * (args.user_tokens + args.reply_tokens + JOINT_ROOM)
     rank = build_rank(
         folder, args.dtype, num_slots=args.slots, capacity=longest, scratch=MAX_ROWS, threads=args.threads

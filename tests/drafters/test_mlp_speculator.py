@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import VOCAB, save_tiny_llama
 from tiny_models import save_target, training_arguments
 
@@ -214,6 +215,20 @@ def test_another_models_network_is_refused(target: Path, tmp_path: Path) -> None
     other = save_target(tmp_path / "other", words="v")
     with pytest.raises(ConfigError, match="another model"):
         load_mlp(save_random(tmp_path / "head", target), other, make_rank(other, "float32"))
+
+
+def test_a_network_whose_tensors_do_not_fit_together_is_refused(target: Path, tmp_path: Path) -> None:
+    folder, rank = save_random(tmp_path / "head", target), make_rank(target, "float32")
+    tensors = load_file(folder / "head.safetensors")
+    torn = {"blocks.1.down.weight": torch.zeros(HIDDEN, 40), "mix.weight": torch.zeros(HIDDEN, HIDDEN)}
+    for name, value in torn.items():
+        rest = {other: kept for other, kept in tensors.items() if not other.startswith(name)}
+        save_file({**rest, name: value}, folder / "head.safetensors")
+        with pytest.raises(ConfigError, match=f"head: .* among them {name} of .*; allowed"):
+            load_mlp(folder, target, rank)
+    save_file({**tensors, "head_tokens": torch.tensor([3, VOCAB])}, folder / "head.safetensors")
+    with pytest.raises(ConfigError, match=f"allowed: ids from 0 to {VOCAB - 1}"):
+        load_mlp(folder, target, rank)
 
 
 def test_the_kernels_of_a_dtype_without_native_form_do_it_too(target: Path, tmp_path: Path) -> None:

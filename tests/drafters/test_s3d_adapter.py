@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from tiny_models import VOCAB, random_tokens, tiny_config, tiny_rank, tiny_weigh
 
 from cluster.core.errors import ConfigError
 from cluster.engine.kv_cache import SlotRows
-from drafters import TargetFacts, create
+from drafters import TargetFacts, create, s3d_adapter
 from drafters.s3d import S3DDrafter
 from drafters.s3d_adapter import S3DAdapter, S3DShape
 from drafters.training import train_s3d
@@ -49,6 +50,34 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (folder / "header.json").write_text(json.dumps({**header, "format": 9}))
     with pytest.raises(ConfigError, match="format 9"):
         S3DAdapter.load(folder, tiny_config(), "hash")
+
+
+@pytest.mark.parametrize("size", [0, VOCAB + 1])
+def test_a_head_of_more_tokens_than_the_target_has_is_refused(tmp_path: Path, size: int) -> None:
+    adapter(replace(SHAPE, head_size=size)).save(tmp_path / "a")
+    with pytest.raises(ConfigError, match=f"head_size {size}; allowed: 1 to {VOCAB}"):
+        S3DAdapter.load(tmp_path / "a", tiny_config(), "hash")
+
+
+def test_saving_that_is_broken_off_leaves_the_older_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken_off(tensors: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("broken off")
+
+    made = adapter()
+    made.save(tmp_path / "a")
+    monkeypatch.setattr(s3d_adapter, "save_file", broken_off)
+    with pytest.raises(OSError, match="broken off"):
+        made.save(tmp_path / "a")
+    assert S3DAdapter.load(tmp_path / "a", tiny_config(), "hash").header == made.header
+
+
+def test_a_view_without_masks_runs() -> None:
+    """One token a pass: its table of masks has no row to look up."""
+    rank, made = tiny_rank(), adapter(replace(SHAPE, gamma=1))
+    slot = holding(rank, [5, 9, 17])
+    rows = SlotRows(slot, np.array([17], np.int32), np.array([-1], np.int32))
+    assert view_of(rank, made).forward([rows]).shape == (1, VOCAB)
 
 
 def test_by_name_it_runs_on_the_targets_rank_alone(tmp_path: Path) -> None:
