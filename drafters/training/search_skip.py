@@ -125,9 +125,7 @@ def read_state(kept: Path, own: Mapping[str, str]) -> dict[str, Any]:
     return state
 
 
-def search(
-    rank: Rank, skips: SkipSearch, samples: Samples, trials: int, kept: Path, own: Mapping[str, str]
-) -> None:
+def search(rank: Rank, skips: SkipSearch, samples: Samples, trials: int, kept: Path, own: Mapping[str, str]) -> None:
     """Try sets until ``trials`` are done or the search rests. The state is kept in a file after every window, with
     ``own``: what of the run must be the same for the state to be of use."""
     begun, before = time.monotonic(), skips.trials

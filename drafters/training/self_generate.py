@@ -5,11 +5,12 @@
 Drafters learn a target best from what the target itself says: the n-gram datastore is built from these chats, draft
 models are distilled on them. A chat opens as the model's template opens a user turn, sometimes with a few words that
 set a kind of task; the model samples the rest of that turn and answers it, for several turns. Most replies are greedy,
-some are sampled, as they will be in service. Each line: {"chat", "token_ids", "replies": [[start, end], ...]}; a chat that
-ended without a reply leaves a line without tokens.
+some are sampled, as they will be in service. Each line: {"chat", "token_ids", "replies": [[start, end], ...]}; of a
+chat that ended without a reply, a line without tokens.
 
 Chat i depends on the model, the settings and i only. A run that is broken off goes on where it was: chats that stand
-in the file are kept. The settings are kept beside it, in OUT.run.json; other ones are refused. Batched plain decoding; a 135M model writes 2 M tokens in about an hour on two cores.
+in the file are kept. The settings are kept beside it, in OUT.run.json; other ones are refused. Batched plain decoding;
+a 135M model writes 2 M tokens in about an hour on two cores.
 """
 
 from __future__ import annotations
@@ -166,14 +167,16 @@ class ChatWriter:
 def claim_file(out: Path, folder: Path, args: argparse.Namespace) -> None:
     """Note beside ``out`` what its chats depend on. Raises ``ConfigError`` where that differs, or is not known."""
     note = out.with_name(out.name + ".run.json")
-    if out.is_file() and out.stat().st_size and not note.is_file():
+    if not (out.is_file() and out.stat().st_size):
+        note.unlink(missing_ok=True)  # of a file that is gone
+    elif not note.is_file():
         raise ConfigError(f"--out: {out} holds chats, and no {note.name} says whose they are; allowed: a new file")
     settings = {name: getattr(args, name) for name in SETTINGS}
     claim(f"--out: {out}", note, {"model": model_digest(folder), "dtype": args.dtype, **settings})
 
 
 def written_before(path: Path) -> tuple[set[int], int]:
-    """Chats that stand in the file, those without replies too, and their tokens. A last line that was cut off is taken out."""
+    """Chats that stand in the file, those without replies too, and their tokens. A line that was cut off is taken out."""
     if not path.exists():
         return set(), 0
     with path.open("rb+") as file:

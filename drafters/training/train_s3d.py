@@ -225,7 +225,9 @@ def main(argv: list[str] | None = None) -> int:
             option = name.replace("_", "-")
             parser.error(f"--{option}: {getattr(args, name)} is not allowed; allowed: {least} and more")
     if args.start and (args.out / STATE).is_file():
-        parser.error(f"--start: {args.out} holds a run, which goes on from its own state; allowed: none, or a new --out")
+        parser.error(
+            f"--start: {args.out} holds a run, which goes on from its own state; allowed: none, or a new --out"
+        )
     if args.threads:
         torch.set_num_threads(args.threads)
     folder = resolve_model(args.model, lambda line: print(line, file=sys.stderr))

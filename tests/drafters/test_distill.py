@@ -115,7 +115,7 @@ def test_a_run_of_other_layers_is_not_gone_on_with(target: Path, chats: Path, tm
 
 @pytest.mark.parametrize("given", ["5,", "a", "0,4", "0,-1", "5"])
 def test_layers_the_target_does_not_have_are_refused(given: str) -> None:
-    with pytest.raises(ConfigError, match="--layers: .*(allowed|outside)"):
+    with pytest.raises(ConfigError, match=r"--layers: .*(allowed|outside)"):
         distill.chosen_layers(given, 4)
 
 

@@ -172,7 +172,12 @@ def test_a_folder_of_another_run_is_not_gone_on_with(target: Path, chats: Path, 
 
 def test_nor_one_of_another_shape_or_seed(target: Path, chats: Path, tmp_path: Path) -> None:
     train_head.HeadTrainer(target, arguments(target, chats, tmp_path / "head"))
-    for name, value, known_as in (("blocks", 2, "blocks"), ("inner", 40, "inner"), ("depth", 2, "depth"), ("seed", 1, "seed")):
+    for name, value, known_as in (
+        ("blocks", 2, "blocks"),
+        ("inner", 40, "inner"),
+        ("depth", 2, "depth"),
+        ("seed", 1, "seed"),
+    ):
         args = arguments(target, chats, tmp_path / "head")
         setattr(args, name, value)
         with pytest.raises(ConfigError, match=f"holds a run of another {known_as}; allowed"):

@@ -54,6 +54,10 @@ def test_a_file_of_another_models_or_settings_chats_is_not_gone_on_with(tmp_path
     (tmp_path / "chats.jsonl.run.json").unlink()
     with pytest.raises(ConfigError, match=r"no chats.jsonl.run.json says whose"):
         generate(model, out, 90)
+    out.unlink()
+    generate(model, out, 30, "--seed", "5")
+    out.unlink()
+    generate(model, out, 30)  # the note of a file that is gone binds nobody
 
 
 def test_a_chat_without_replies_is_not_made_again(tmp_path: Path) -> None:
@@ -108,7 +112,7 @@ def test_a_file_is_replaced_only_by_a_whole_one(tmp_path: Path, monkeypatch: pyt
 
     path = tmp_path / "state.json"
     write_whole(path, "first")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="broken off"):
-        patch.setattr(os, "replace", broken_off)
+    monkeypatch.setattr(os, "replace", broken_off)
+    with pytest.raises(OSError, match="broken off"):
         write_whole(path, "second")
     assert path.read_text() == "first"

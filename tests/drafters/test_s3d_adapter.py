@@ -195,7 +195,9 @@ def test_another_runs_state_is_not_gone_on_with(tmp_path: Path, capsys: pytest.C
         train_s3d.main([*common, *right])
 
 
-@pytest.mark.parametrize(("option", "value", "least"), [("--groups", "3", 4), ("--held-out", "0", 1), ("--gamma", "0", 1)])
+@pytest.mark.parametrize(
+    ("option", "value", "least"), [("--groups", "3", 4), ("--held-out", "0", 1), ("--gamma", "0", 1)]
+)
 def test_what_nothing_can_be_measured_with_is_refused(
     option: str, value: str, least: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
