@@ -176,7 +176,7 @@ def claim_file(out: Path, folder: Path, args: argparse.Namespace) -> None:
 
 
 def written_before(path: Path) -> tuple[set[int], int]:
-    """Chats that stand in the file, those without replies too, and their tokens. A line that was cut off is taken out."""
+    """Chats that stand in the file, those without replies too, and their tokens. A last line cut off is taken out."""
     if not path.exists():
         return set(), 0
     with path.open("rb+") as file:
