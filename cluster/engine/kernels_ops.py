@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import torch
 
-from cluster.engine.kernels import Forward, MlpForward, ShardStep
+from cluster.engine.kernels import Forward, Kernels, MlpForward, ShardStep
 from cluster.engine.kv_store import KVStore
 from cluster.engine.packed import Heads, LowRank, PackedLinear, PackedMlpHead, PackedModel
 from cluster.engine.rows import StepRows
 
 
-class OperatorKernels(ABC):
+class OperatorKernels(Kernels, ABC):
     """``Kernels`` but for packing and the operations themselves, which take and give tensors on ``device``.
 
     Steps come from the CPU, and a forward pass's results go back there; what ranks exchange stays on the device.
@@ -25,18 +25,6 @@ class OperatorKernels(ABC):
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device).contiguous()
-
-    @abstractmethod
-    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, wide: bool = False) -> PackedLinear: ...
-
-    @abstractmethod
-    def pack_gated(
-        self,
-        gate: torch.Tensor,
-        up: torch.Tensor,
-        gate_bias: torch.Tensor | None = None,
-        up_bias: torch.Tensor | None = None,
-    ) -> PackedLinear: ...
 
     def pack_adapter(self, inner: torch.Tensor, outer: torch.Tensor, *, gated: bool) -> LowRank:
         return LowRank(self.pack(inner), self.pack_gated(*outer.chunk(2)) if gated else self.pack(outer))
