@@ -30,6 +30,7 @@ from cluster.core.types import GenerateRequest, ModelInfo, SamplingParams, Specu
 MAX_REQUEST_BYTES = 4 * 2**20
 MAX_REQUEST_ID = 128
 MAX_CACHE_SALT = 512
+MAX_MESSAGE = 1000
 DRAWN_SEEDS = 2**53  # clients get them back in JSON, whose numbers many read as doubles
 ROLES = ("system", "user", "assistant")
 THREAD_ABOVE_CHARS = 4096
@@ -65,7 +66,8 @@ def public_message(error: BaseException, request_id: str) -> str:
     """What the client may read: the text of a listed error, and for any other only the id to ask about."""
     if status_of(error) is INTERNAL:
         return f"internal error while serving request {request_id!r}; the server's log has the details"
-    return str(error)
+    text = str(error)  # which may repeat what the client wrote, and has to fit into gRPC's trailers
+    return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} ..."
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from cluster.core.errors import EngineUnavailable, InvalidArgument, NotFound, Overloaded
+from cluster.core.errors import Aborted, EngineUnavailable, InvalidArgument, NotFound, Overloaded
 from cluster.core.types import GenerateRequest, StreamItem
 from deployments.codec import INTERNAL, MAX_REQUEST_BYTES, public_message, status_of
 from deployments.metrics import render
@@ -102,12 +103,15 @@ async def answer(service: Service, request: Request, kind: type[CompletionBody] 
 
 
 async def read_body(request: Request) -> bytes:
-    """Raises ``InvalidArgument`` as soon as more than ``MAX_REQUEST_BYTES`` arrived."""
+    """Raises ``InvalidArgument`` where more than ``MAX_REQUEST_BYTES`` arrive, ``Aborted`` where no more will."""
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_REQUEST_BYTES:
-            raise InvalidArgument("body", f"more than {MAX_REQUEST_BYTES} bytes")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_REQUEST_BYTES:
+                raise InvalidArgument("body", f"more than {MAX_REQUEST_BYTES} bytes")
+    except ClientDisconnect:
+        raise Aborted("the client left before its request was whole") from None
     return bytes(body)
 
 

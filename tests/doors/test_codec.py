@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from cluster.core.errors import EngineUnavailable, InvalidArgument
+from cluster.core.errors import EngineUnavailable, InvalidArgument, NotFound
 from cluster.core.types import ModelInfo
 from cluster.tree_engine import check_request
-from deployments.codec import ClientRequest, Codec
+from deployments.codec import MAX_MESSAGE, ClientRequest, Codec, public_message
 
 INFO = ModelInfo("model", "Llama", 10, 32, "float32", "torch", True, (), "hash")
 
@@ -38,3 +38,10 @@ def test_a_drawn_seed_survives_clients_whose_numbers_are_doubles() -> None:
     seeds = {encode(token_ids=(1,)).params.seed for _ in range(50)}
     assert len(seeds) == 50
     assert all(int(float(seed)) == seed for seed in seeds)
+
+
+def test_what_a_client_wrote_comes_back_shortened() -> None:
+    with pytest.raises(NotFound) as caught:
+        encode(token_ids=(1,), model="x" * 100_000)
+    assert len(public_message(caught.value, "id")) <= MAX_MESSAGE + 4
+    assert public_message(InvalidArgument("seed", "is odd"), "id") == "seed: is odd"
