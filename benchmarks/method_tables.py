@@ -28,7 +28,7 @@ FILES = (
     "staged",
     "staged_sampled",
     "accepted_length",
-    "accepted_length_shifted",
+    "accepted_length_long",
     "side_by_side",
     "side_by_side_methods",
     "swift",
@@ -124,17 +124,17 @@ def sssd_live(results: Results) -> str:
     return _with_source(report.table(names, rows), found, what)
 
 
-def sssd_shifted(results: Results) -> str:
-    """Tokens a round for the same questions behind a long chat, and answered in another language."""
-    found = results["accepted_length_shifted"]
+def sssd_long(results: Results) -> str:
+    """Tokens a round for the same questions behind a long chat."""
+    found = results["accepted_length_long"]
     rows = {(row["source"], row["nodes"]): row for row in found["rows"]}
     sources = {"own": "the text itself", "store": "the store", "both": "both"}
     sizes = sorted({nodes for _, nodes in rows})
     names = ["questions", *(f"{meaning}, {nodes} nodes" for meaning in sources.values() for nodes in sizes)]
-    shifts = found["rows"][0]["by_category"]
+    forms = found["rows"][0]["by_category"]
     table = [
-        [shift, *(f"{rows[source, nodes]['by_category'][shift]:.2f}" for source in sources for nodes in sizes)]
-        for shift in shifts
+        [form, *(f"{rows[source, nodes]['by_category'][form]:.2f}" for source in sources for nodes in sizes)]
+        for form in forms
     ]
     slowest = max(rows["both", nodes]["propose_us"]["p95"] for nodes in sizes)
     what = f"{found['records']} recorded greedy answers; 95 % of proposals within {slowest:.0f} µs"
@@ -318,7 +318,7 @@ def methods_speed(results: Results) -> str:
     return f"{report.table(names, rows)}\n\n{_wrapped(f'Greedy, one at once. {report.provenance_line(found)}')}"
 
 
-_STAGED, _SSSD = (staged, staged_sampled, staged_paper), (sssd, sssd_live, sssd_shifted, sssd_speed, sssd_paper)
+_STAGED, _SSSD = (staged, staged_sampled, staged_paper), (sssd, sssd_live, sssd_long, sssd_speed, sssd_paper)
 _SWIFT, _S3D = (swift, swift_rounds, swift_search, swift_proposals, swift_paper, coupling), (s3d, s3d_staged, s3d_paper)
 _ALL = (*_STAGED, *_SSSD, *_SWIFT, *_S3D, methods_speed)
 TABLES: dict[str, Callable[[Results], str]] = {table.__name__: table for table in _ALL}

@@ -40,6 +40,7 @@ def test_the_committed_tables_are_those_of_the_results() -> None:
         ("staged", ("draft_weight",), ["staged_paper", "methods_speed"]),
         ("accepted_length", ("rows", 0, "propose_us", "p95"), ["sssd"]),
         ("accepted_length", ("rows", -1, "by_part", 0, 1), ["sssd_live"]),
+        ("accepted_length_long", ("rows", 0, "by_category", "as they are"), ["sssd_long"]),
         ("side_by_side", ("memory_mb", "sssd"), ["sssd_speed"]),
         ("swift", ("matchness", 0, "found"), ["swift", "swift_paper"]),
         ("swift", ("stream", "search_share"), ["swift_search", "swift_paper"]),

@@ -1,12 +1,11 @@
-"""Questions whose answers a store of ordinary chats should know less well: behind a long chat, or in another language.
+"""The same questions as they are and behind a long chat, to see what a long context does to n-gram guesses.
 
     python -m benchmarks.offline --prompts PROMPTS.jsonl --out ANSWERS.jsonl --max-tokens 128 --concurrency 8
-    python -m benchmarks.shifted_prompts --prompts PROMPTS.jsonl --answers ANSWERS.jsonl --limit 26 --out SHIFTED.jsonl
-    python -m benchmarks.offline --prompts SHIFTED.jsonl --out OUT.jsonl --max-model-len 8192 --prefill-chunk 256
-    python -m benchmarks.accepted_length --outputs OUT.jsonl --prompts SHIFTED.jsonl --store FOLDER
+    python -m benchmarks.long_chats --prompts PROMPTS.jsonl --answers ANSWERS.jsonl --limit 26 --out LONG.jsonl
+    python -m benchmarks.offline --prompts LONG.jsonl --out OUT.jsonl --max-model-len 8192 --max-rows 256
+    python -m benchmarks.accepted_length --outputs OUT.jsonl --prompts LONG.jsonl --store FOLDER
 
-Each question comes once as it is, once behind a chat of other questions and the model's own answers to them, and once
-with the wish for an answer in --language; the category of a line says which.
+The chat is of other questions and the model's own answers to them. The category of a line says which form it has.
 """
 
 from __future__ import annotations
@@ -39,18 +38,18 @@ def chat_before(
     return chat
 
 
-def shifted(
-    asked: Sequence[str], answers: Sequence[dict[str, Any]], chosen: Sequence[int], num_tokens: int, language: str
+def both_forms(
+    asked: Sequence[str], answers: Sequence[dict[str, Any]], chosen: Sequence[int], num_tokens: int
 ) -> list[dict[str, Any]]:
     """Lines for ``benchmarks.offline``."""
-    forms = {
-        "as it is": lambda index: [],
-        f"behind a chat of {num_tokens} tokens": lambda index: chat_before(index, asked, answers, num_tokens),
-        f"in {language}": lambda index: [_said("system", f"You always answer in {language}, never in English.")],
-    }
+    forms = {"as they are": 0, f"behind a chat of {num_tokens} tokens": num_tokens}
     return [
-        {"category": name, "question_id": index, "messages": [*before(index), _said("user", asked[index])]}
-        for name, before in forms.items()
+        {
+            "category": name,
+            "question_id": index,
+            "messages": [*chat_before(index, asked, answers, size), _said("user", asked[index])],
+        }
+        for name, size in forms.items()
         for index in chosen
     ]
 
@@ -65,7 +64,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--answers", type=Path, required=True, help="what benchmarks.offline made of all of them")
     parser.add_argument("--limit", type=int, default=26, help="questions, spread over the categories")
     parser.add_argument("--history-tokens", type=int, default=7000)
-    parser.add_argument("--language", default="German")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     lines = [{**line, "index": index} for index, line in enumerate(read_lines(args.prompts, None))]
@@ -76,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     asked = [line["turns"][0] for line in lines]
     chosen = [line["index"] for line in spread(lines, args.limit)]
-    made = shifted(asked, [by_index[index] for index in range(len(lines))], chosen, args.history_tokens, args.language)
+    made = both_forms(asked, [by_index[index] for index in range(len(lines))], chosen, args.history_tokens)
     args.out.write_text("".join(json.dumps(line) + "\n" for line in made))
     print(f"{len(made)} prompts: {', '.join(dict.fromkeys(line['category'] for line in made))}")
     return 0

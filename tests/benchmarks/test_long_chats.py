@@ -1,4 +1,4 @@
-"""The same questions as they are, behind a long chat, and in another language."""
+"""The same questions as they are and behind a long chat."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import shifted_prompts
+from benchmarks import long_chats
 
 ASKED = [f"question {index}?" for index in range(6)]
 ANSWERS = [
@@ -16,14 +16,14 @@ ANSWERS = [
 
 
 def test_a_chat_has_other_questions_up_to_a_size():
-    chat = shifted_prompts.chat_before(2, ASKED, ANSWERS, 100)
+    chat = long_chats.chat_before(2, ASKED, ANSWERS, 100)
     asked = [message["content"] for message in chat[::2]]
     assert asked
     assert "question 2?" not in asked
     assert [message["role"] for message in chat] == ["user", "assistant"] * len(asked)
     assert [message["content"] for message in chat[1::2]] == [text.replace("question", "answer")[:-1] for text in asked]
     assert sum(10 + 10 * int(text[9]) for text in asked) <= 100
-    assert chat == shifted_prompts.chat_before(2, ASKED, ANSWERS, 100)
+    assert chat == long_chats.chat_before(2, ASKED, ANSWERS, 100)
 
 
 def test_every_question_comes_in_every_form(tmp_path, capsys):
@@ -31,12 +31,12 @@ def test_every_question_comes_in_every_form(tmp_path, capsys):
     prompts.write_text("".join(json.dumps({"turns": [text, "more"], "category": "all"}) + "\n" for text in ASKED))
     answers.write_text("".join(json.dumps(answer) + "\n" for answer in reversed(ANSWERS)))
     given = ["--prompts", str(prompts), "--answers", str(answers), "--out", str(out), "--limit", "2"]
-    assert shifted_prompts.main([*given, "--history-tokens", "60", "--language", "Dutch"]) == 0
+    assert long_chats.main([*given, "--history-tokens", "60"]) == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    names = ["as it is"] * 2 + ["behind a chat of 60 tokens"] * 2 + ["in Dutch"] * 2
+    names = ["as they are"] * 2 + ["behind a chat of 60 tokens"] * 2
     assert [line["category"] for line in lines] == names
-    assert [line["messages"][-1]["content"] for line in lines] == ASKED[:2] * 3
-    assert "6 prompts" in capsys.readouterr().out
+    assert [line["messages"][-1]["content"] for line in lines] == ASKED[:2] * 2
+    assert "4 prompts" in capsys.readouterr().out
 
 
 def test_answers_of_other_prompts_are_refused(tmp_path, capsys):
@@ -44,5 +44,5 @@ def test_answers_of_other_prompts_are_refused(tmp_path, capsys):
     prompts.write_text("".join(json.dumps({"turns": [text]}) + "\n" for text in ASKED))
     answers.write_text(json.dumps(ANSWERS[0]) + "\n")
     with pytest.raises(SystemExit):
-        shifted_prompts.main(["--prompts", str(prompts), "--answers", str(answers), "--out", str(tmp_path / "out")])
+        long_chats.main(["--prompts", str(prompts), "--answers", str(answers), "--out", str(tmp_path / "out")])
     assert "has none for 5 prompts, the first is line 2" in capsys.readouterr().err
