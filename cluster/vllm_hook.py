@@ -46,7 +46,6 @@ EXTRA_ARG = "paceline_max_drafts"
 VERSIONS = ("0.32",)
 RETRY_S = 2.0
 TREE_NODES = 160  # asked of remote stages for each row: its chain, and what the next one may be
-LOCAL_NODES_PER_DRAFT = 3
 MAX_ROWS = 1024
 GCS_PATIENCE_S = "86400"  # Ray ends a driver whose GCS is away for a minute; this driver is somebody's vLLM
 
@@ -221,9 +220,9 @@ def _local(max_drafts: int) -> Connect[LocalDrafter]:
         from drafters import TargetFacts, create
 
         facts = TargetFacts(model.vocab_size, model.max_model_len, resolve_model(model.tokenizer), "bfloat16")
-        stage = StageConfig(name="small", drafter="sssd", max_sessions=MAX_ROWS)
+        stage = StageConfig(name="small", drafter="sssd", max_sessions=MAX_ROWS, options={"chain": True})
         drafter = create(stage, target=facts)
-        return LocalDrafter(stage.name, drafter, model.vocab_size, LOCAL_NODES_PER_DRAFT * max_drafts)
+        return LocalDrafter(stage.name, drafter, model.vocab_size, max_drafts)
 
     return connect
 

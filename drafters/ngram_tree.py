@@ -30,6 +30,7 @@ class Rules:
     """``query``: the longest run looked up, in tokens, at most 8; ``samples``: suffixes looked at per run, at most 256.
 
     ``negligible``: shorter runs are not looked at where all they could give a node is a lower score than this.
+    ``chain``: only the likeliest follower of each node, for verifiers that take no trees.
     The numbers are the best of a replay over recorded outputs (``benchmarks/accepted_length.py``).
     """
 
@@ -39,6 +40,7 @@ class Rules:
     store_cap: float = 16.0
     prior: float = 20.0
     negligible: float = 1e-3
+    chain: bool = False
 
 
 class SessionIndex(Protocol):
@@ -86,7 +88,10 @@ class PlainIndex:
 
         def offer(parent: int, depth: int, score: float) -> None:
             room = max_nodes - len(nodes)
-            for token, share in self._followers(states[parent + 1], stores, score):
+            found = self._followers(states[parent + 1], stores, score)
+            if found and self._rules.chain:
+                found = [min(found, key=lambda each: (-each[1], each[0]))]
+            for token, share in found:
                 candidate = (-min(score, score * share), parent, token, depth)
                 if len(frontier) < room or candidate < frontier[-1]:
                     insort(frontier, candidate)

@@ -21,6 +21,7 @@ class SssdOptions(_Options):
     query: int = Field(default=4, ge=1, le=8, description="longest run of newest tokens that is looked up")
     max_tokens: int = Field(default=32_768, ge=64, description="newest tokens of a session that are indexed, at least")
     store: str | None = Field(default="default", description="folder of a datastore, or default")
+    chain: bool = Field(default=False, description="the likeliest path alone, for verifiers that take no trees")
     live: bool = Field(
         default=False, description="guess from the same owner's earlier outputs, too; see docs/datastore.md"
     )

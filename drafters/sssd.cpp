@@ -105,6 +105,7 @@ struct Store {
 struct Rules {
     int32_t query, samples;
     double own_weight, store_cap, prior, negligible;
+    int32_t chain;  // only the likeliest follower of each node
 };
 
 }  // extern "C"
@@ -288,8 +289,12 @@ int32_t grow(const void* trie, const Store* stores, int32_t num_stores, const Ru
     for (int32_t i = 0; i < tail_length; ++i) states[0] = grower.step(states[0], tail[i]);
     Frontier frontier(max_nodes);
     const auto offer = [&](int32_t parent, int32_t depth, double score) {
-        for (const auto& [token, share] : grower.followers(states[parent + 1], score)) {
-            frontier.offer({std::min(score, score * share), parent, token, depth});
+        const auto& found = grower.followers(states[parent + 1], score);
+        const auto likelier = [](const auto& a, const auto& b) { return a.second < b.second; };
+        auto first = found.begin(), last = found.end();
+        if (rules->chain && first != last) first = std::max_element(first, last, likelier), last = first + 1;
+        for (; first != last; ++first) {
+            frontier.offer({std::min(score, score * first->second), parent, first->first, depth});
         }
     };
     offer(-1, 1, 1.0);

@@ -61,7 +61,7 @@ class SssdDrafter:
         self._live = live
         self._max_tokens = options.max_tokens
         self._max_sessions = max_sessions
-        self._rules = rules or Rules(query=options.query)
+        self._rules = rules or Rules(query=options.query, chain=options.chain)
         self._new_index = _index_kind()
         self._sessions: dict[str, _Session] = {}
 

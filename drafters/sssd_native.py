@@ -39,6 +39,7 @@ class _Rules(ctypes.Structure):
     _fields_ = (
         *((name, _INT) for name in ("query", "samples")),
         *((name, _DOUBLE) for name in ("own_weight", "store_cap", "prior", "negligible")),
+        ("chain", _INT),
     )
 
 
@@ -77,7 +78,13 @@ class NativeIndex:
         self._library = library()
         self._query = rules.query
         self._rules = _Rules(
-            rules.query, rules.samples, rules.own_weight, rules.store_cap, rules.prior, rules.negligible
+            rules.query,
+            rules.samples,
+            rules.own_weight,
+            rules.store_cap,
+            rules.prior,
+            rules.negligible,
+            rules.chain,
         )
         self._trie = self._library.trie_new(rules.query)
         weakref.finalize(self, self._library.trie_free, self._trie)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from cluster.core.errors import Overloaded, UnknownSession
 from cluster.core.native_build import NativeUnavailable
 from cluster.core.types import Origin, SamplingParams
+from cluster.rounds.chain_drafter import best_chain
 from drafters import sssd
 from drafters.base import Ask
 from drafters.datastore import Datastore
@@ -119,17 +121,30 @@ def test_a_larger_budget_adds_nodes_and_changes_none(new: Callable[..., SssdDraf
         assert small.parents.tolist() == large.parents.tolist()[:size]
 
 
+def test_a_chain_is_the_trees_likeliest_path(new: Callable[..., SssdDrafter]) -> None:
+    rng = np.random.default_rng(0)
+    text = rng.integers(0, 6, 200).tolist()
+    store = Datastore.of([rng.integers(0, 6, 50).tolist() for _ in range(20)], 6)
+    tree = new(text, store).propose([Ask("s", 200, 4)], {})["s"]
+    chain = new(text, store, rules=replace(RULES, chain=True)).propose([Ask("s", 4, 8)], {})["s"]
+    assert chain.parents.tolist() == [-1, 0, 1, 2]
+    likeliest = best_chain(tree, 4)
+    assert chain.tokens.tolist() == likeliest.tokens.tolist()
+    assert chain.scores.tolist() == likeliest.scores.tolist()
+
+
+@pytest.mark.parametrize("rules", [RULES, replace(RULES, chain=True)], ids=["tree", "chain"])
 @pytest.mark.parametrize("alphabet", [2, 5, 30, 500])
 @pytest.mark.parametrize("num_stores", [0, 1, 2])
-def test_the_compiled_form_gives_the_readable_ones_trees(alphabet: int, num_stores: int) -> None:
+def test_the_compiled_form_gives_the_readable_ones_trees(alphabet: int, num_stores: int, rules: Rules) -> None:
     try:
-        native = NativeIndex(RULES)
+        native = NativeIndex(rules)
     except NativeUnavailable as error:
         pytest.skip(str(error))
     rng = np.random.default_rng(alphabet)
     texts = [rng.integers(0, alphabet, 200).tolist() for _ in range(20)]
     stores = [Datastore.of(texts, alphabet + 3), Datastore.of(texts[:3], 70_000)][:num_stores]
-    plain, text = PlainIndex(RULES), []
+    plain, text = PlainIndex(rules), []
     for _ in range(30):
         piece = rng.integers(0, alphabet + 1, int(rng.integers(1, 9))).tolist()
         text += piece
