@@ -95,7 +95,7 @@ def test_staged_is_made_of_two_stage_configurations(facts: TargetFacts) -> None:
 @pytest.mark.parametrize(
     ("drafter", "options", "message"),
     [
-        ("sssd", {"querry": 3}, "querry.*allowed: query, max_tokens, store, live"),
+        ("sssd", {"querry": 3}, "querry.*allowed: query, max_tokens, store, chain, live"),
         ("sssd", {"query": 0}, "query"),
         ("draft_model", {"skip": [1]}, "skip.*allowed: passes, "),
         ("swift", {"pases": 1}, "pases.*allowed: .*skip"),
