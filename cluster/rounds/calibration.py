@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,17 +43,21 @@ class Offers:
 
 def lay_out(names: Sequence[str], trees: Sequence[TokenTree]) -> Offers:
     """The sessions' trees as one table, so that a round costs a few array operations and not a few per session."""
-    sizes = [len(tree) for tree in trees]
-    ends = np.cumsum(sizes)
-    parents = np.concatenate([tree.parents for tree in trees]).astype(np.int64)
-    starts = np.repeat(ends - np.array(sizes), sizes)
-    parents = np.where(parents >= 0, parents + starts, -1)
+    ends = list(accumulate(map(len, trees)))
+    parents = _joined([tree.parents for tree in trees]).astype(np.int64)
+    if len(trees) > 1:
+        sizes = [len(tree) for tree in trees]
+        parents = np.where(parents >= 0, parents + np.repeat(np.array(ends) - sizes, sizes), -1)
     scores = np.ones(len(parents) + 1)
-    scores[:-1] = np.concatenate([tree.scores for tree in trees])
+    scores[:-1] = _joined([tree.scores for tree in trees])
     np.clip(scores, 1e-6, 1.0, out=scores)
     conditional = np.minimum(scores[:-1] / scores[parents], 1.0)
-    places = np.concatenate([tree.stages for tree in trees]), np.searchsorted(SCORE_EDGES, conditional)
-    return Offers(names, trees, ends.tolist(), parents, conditional, places)
+    places = _joined([tree.stages for tree in trees]), np.searchsorted(SCORE_EDGES, conditional)
+    return Offers(names, trees, ends, parents, conditional, places)
+
+
+def _joined(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)  # one session alone is in a hurry
 
 
 @dataclass(slots=True)
