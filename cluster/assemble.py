@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.core.config import EngineConfig, ModelConfig, ServiceConfig, StageConfig
 from cluster.core.errors import ConfigError
 from cluster.core.types import STAGE_NAMES, GenerateRequest, ModelInfo, tokenizer_hash
+from cluster.engine.collectives import LOOPBACK
 from cluster.engine.crew import LocalCrew
 from cluster.engine.rank import Rank, build_rank
 from cluster.engine.step_cost import CostCurve, curve_path, kept_curve
@@ -65,8 +66,10 @@ def load_target(
     stages: Sequence[str] = (),
     report: Callable[[str], None] = log.info,
     recruit: Recruit = LocalCrew,
+    host: str = LOOPBACK,
 ) -> Target:
-    """Load weights, reserve KV, measure the cost curve. ``recruit`` starts the other tensor-parallel ranks, if any.
+    """Load weights, reserve KV, measure the cost curve. ``recruit`` starts the other tensor-parallel ranks, if any;
+    they find this one at ``host``.
 
     Raises ``ConfigError`` for what cannot be served. Close the target in the end.
     """
@@ -75,7 +78,7 @@ def load_target(
     config = read_config(folder)
     max_model_len = min(engine.max_model_len, config.max_positions)
     report(f"loading {model.name} ({config.architecture}, {model.dtype})")
-    rank = _build(folder, model, engine, max_model_len, recruit)
+    rank = _build(folder, model, engine, max_model_len, recruit, host)
     tokenizer = load_tokenizer(folder)
     kernels = f"{rank.kernels} x {model.tensor_parallel_size}"
     path = curve_path(folder, model.dtype, kernels, model.threads, max_model_len)
@@ -102,7 +105,7 @@ def load_target(
     )
 
 
-def _build(folder: Path, model: ModelConfig, engine: EngineConfig, capacity: int, recruit: Recruit) -> Rank:
+def _build(folder: Path, model: ModelConfig, engine: EngineConfig, capacity: int, recruit: Recruit, host: str) -> Rank:
     scratch = max(engine.max_rows, engine.max_nodes + 1)
     if model.tensor_parallel_size == 1:
         return build_rank(
@@ -125,6 +128,7 @@ def _build(folder: Path, model: ModelConfig, engine: EngineConfig, capacity: int
         kernels=model.kernels,
         threads=model.threads,
         limit_s=model.rank_limit_s,
+        host=host,
     )
 
 
@@ -177,13 +181,14 @@ def build_engine(
     connect: Callable[[ModelInfo], DraftTransport] | None = None,
     report: Callable[[str], None] = log.info,
     recruit: Recruit = LocalCrew,
+    host: str = LOOPBACK,
 ) -> TreeEngine:
     """A running engine. ``connect`` makes the transport to the remote stages once the target's facts are known;
-    ``recruit`` starts the other tensor-parallel ranks, if any."""
+    ``recruit`` and ``host``: see ``load_target``."""
     tracer = round_tracer(config.engine)
     local = config.local_drafter
     stages = [name for name in STAGE_NAMES if name in config.remote_stages or (local and local.name == name)]
-    target = load_target(config.model, config.engine, stages, report, recruit)
+    target = load_target(config.model, config.engine, stages, report, recruit, host)
     pipeline, transport = None, None
     if connect is not None and config.remote_stages:
         transport = connect(target.info)

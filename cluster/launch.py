@@ -12,6 +12,8 @@ import os
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -138,21 +140,23 @@ class RankActor:
     def pid(self) -> int:
         return os.getpid()
 
-    def run(self, plan: RankPlan) -> None:
+    def run(self, plan: RankPlan, source: str) -> None:
+        """``source``: of the model, which this node may keep elsewhere than rank 0's."""
         from cluster.engine.tensor_parallel import follow
+        from cluster.engine.weights import resolve_model
 
-        follow(plan)
+        follow(replace(plan, folder=resolve_model(source, log.info)))
 
 
 class RayCrew:
     """A ``Crew`` of actors, each in its own bundle of the replica's placement group, if it has one."""
 
-    def __init__(self, plans: Sequence[RankPlan]) -> None:
+    def __init__(self, source: str, plans: Sequence[RankPlan]) -> None:
         group = ray.util.get_current_placement_group()
         actors = {f"rank {plan.shard.rank}": _start_rank(plan, group) for plan in plans}
         self.pids: dict[str, int] = dict(zip(actors, ray.get([actor.pid.remote() for actor in actors.values()])))
         self._actors = list(actors.values())
-        self._runs = {actor.run.remote(plan): name for (name, actor), plan in zip(actors.items(), plans)}
+        self._runs = {actor.run.remote(plan, source): name for (name, actor), plan in zip(actors.items(), plans)}
 
     def failure(self) -> str:
         ended, _ = ray.wait(list(self._runs), num_returns=len(self._runs), timeout=0)
@@ -182,6 +186,15 @@ def _end_of(run: Any) -> str:
     return "has stopped"
 
 
+def rank_host() -> str:
+    """Where this replica's other ranks reach it: over the network only if its placement group has several nodes."""
+    from cluster.engine.collectives import LOOPBACK
+
+    group = ray.util.get_current_placement_group()
+    nodes = set(ray.util.placement_group_table(group)["bundles_to_node_id"].values()) if group is not None else set()
+    return str(ray.util.get_node_ip_address()) if len(nodes) > 1 else LOOPBACK
+
+
 def launch_engine(config: ServiceConfig) -> TreeEngine:
     """The engine of a Target replica: its other ranks are actors, its drafters are reached by leases on the
     application ``config.drafters_app``."""
@@ -191,7 +204,8 @@ def launch_engine(config: ServiceConfig) -> TreeEngine:
     return build_engine(
         config,
         lambda info: RayDraftTransport(verifier, config.drafters_app, config.remote_stages, info.tokenizer_hash),
-        recruit=RayCrew,
+        recruit=partial(RayCrew, config.model.source),
+        host=rank_host(),
     )
 
 

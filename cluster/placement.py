@@ -1,4 +1,4 @@
-"""Where a target's ranks are placed: one bundle a rank, all on one node, the replica (rank 0) in the first."""
+"""Where a target's ranks are placed: one bundle a rank, the replica (rank 0) in the first."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 LEAST_CPUS = 0.01  # a bundle must hold something
-STRATEGY = "STRICT_PACK"  # ranks speak over the loopback interface, and their GPUs over the node's own links
+STRATEGY = "STRICT_PACK"  # all on one node: they meet 2 * layers times a step; the configuration may say another
 
 
 def target_placement(actor_options: Mapping[str, Any], size: int) -> dict[str, Any]:

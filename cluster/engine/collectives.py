@@ -3,17 +3,17 @@
 Two process groups a rank: orders always go over gloo on the CPU, where a rank with nothing to do sleeps as long as it
 takes; tensors go over the group of their device, in which no rank waits for another beyond ``limit_s``. A sum gathers
 all addends and adds them up in rank order: every rank gets the same bits, and a row's do not depend on how many rows
-are summed with it, which no library's all-reduce promises. Ranks of one engine are on one machine: they meet in a
-folder only their user can read, and listen on the loopback interface alone.
+are summed with it, which no library's all-reduce promises. Ranks meet at an address of rank 0's, and listen on the
+interface by which they reach it: the loopback one, unless they are on several machines.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,9 +26,13 @@ from cluster.engine.shard import Shard
 
 HEAD_WORDS = 512  # of an order: the length and its first words travel in one message, the rest in a second
 MEETING_LIMIT_S = 300.0  # ranks have to be started: imports on a busy machine
+JOIN_LIMIT_S = 30.0  # rank 0 listens before others are started
 MEETING_POLL_S = 0.02
 IDLE = timedelta(days=365)  # an idle rank waits for its next order
+LOOPBACK = "127.0.0.1"
 
+Address = tuple[str, int]
+"""A host's IP address, and a port."""
 T = TypeVar("T")
 dist: Any = torch.distributed  # its stubs know neither the stores nor the groups' options
 
@@ -37,18 +41,20 @@ class RankLost(Exception):
     """Another rank is gone, or took longer than the limit. Nothing can be computed with this group any more."""
 
 
-def _gloo(store: Any, shard: Shard, limit: timedelta) -> Any:
+def _gloo(store: Any, shard: Shard, limit: timedelta, host: str) -> Any:
     options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     options._timeout = limit
     options._threads = 1
     return dist.ProcessGroupGloo(store, shard.rank, shard.size, options)
 
 
-def _nccl(store: Any, shard: Shard, limit: timedelta) -> Any:
-    # As over gloo: a wait ends when the ranks have met, or raises after the limit; and nothing listens to the network.
+def _nccl(store: Any, shard: Shard, limit: timedelta, host: str) -> Any:
+    # As over gloo: a wait ends when the ranks have met, or raises after the limit; and on one machine nothing listens
+    # to the network.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    if host == LOOPBACK:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = limit
     return dist.ProcessGroupNCCL(store, shard.rank, shard.size, options)
@@ -57,19 +63,54 @@ def _nccl(store: Any, shard: Shard, limit: timedelta) -> Any:
 _BACKENDS = {"cpu": _gloo, "cuda": _nccl}
 
 
+class Meeting:
+    """Where the ranks of one target find each other: a store at ``address``, in rank 0's process."""
+
+    def __init__(self, store: Any, address: Address) -> None:
+        self.store = store
+        self.address = address
+
+    @classmethod
+    def call(cls, host: str = LOOPBACK) -> Meeting:
+        """Rank 0's. ``host``: the address at which the other ranks reach it. Over when this is let go."""
+        listener = socket.create_server((host, 0))
+        address = (host, listener.getsockname()[1])
+        # A socket of our own making: the store would listen on every interface.
+        fd = listener.detach()
+        return cls(dist.TCPStore(*address, is_master=True, wait_for_workers=False, master_listen_fd=fd), address)
+
+    @classmethod
+    def join(cls, address: Address) -> Meeting:
+        """The others'. Raises ``RankLost`` where rank 0 is not there."""
+        limit = timedelta(seconds=JOIN_LIMIT_S)
+        return cls(_sure(lambda: dist.TCPStore(*address, is_master=False, timeout=limit)), address)
+
+    @property
+    def own_host(self) -> str:
+        """This machine's address on the way to rank 0."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(self.address)  # sends nothing
+            return str(probe.getsockname()[0])
+
+
 class RankGroup:
     """One rank's place among the others. Not thread-safe. Every method raises ``RankLost``."""
 
     def __init__(
-        self, meeting: Path, shard: Shard, limit_s: float, device: str = "cpu", lost: Callable[[], str] = str
+        self, meeting: Meeting, shard: Shard, limit_s: float, device: str = "cpu", lost: Callable[[], str] = str
     ) -> None:
-        """Meet the other ranks in the folder ``meeting``. ``lost`` says whether one of them is known to have ended."""
+        """Meet the other ranks. ``lost`` says whether one of them is known to have ended."""
         self.shard = shard
         self._limit = timedelta(seconds=limit_s)
-        store = dist.FileStore(str(meeting / "store"), shard.size)
-        self._meet(store, lost)
-        self._orders = self._sure(lambda: _gloo(dist.PrefixStore("orders", store), shard, IDLE))
-        self._tensors = self._sure(lambda: _BACKENDS[device](dist.PrefixStore("tensors", store), shard, self._limit))
+        self._meeting = meeting  # NCCL goes on asking its store
+        self._meet(meeting.store, lost)
+        host = meeting.own_host
+
+        def group(name: str, backend: Callable[..., Any], limit: timedelta) -> Any:
+            return _sure(lambda: backend(dist.PrefixStore(name, meeting.store), shard, limit, host))
+
+        self._orders = group("orders", _gloo, IDLE)
+        self._tensors = group("tensors", _BACKENDS[device], self._limit)
 
     def sum(self, addend: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, the same bits on each; all ranks call it with the same shape and dtype."""
@@ -84,7 +125,7 @@ class RankGroup:
         widest = -(-width // self.shard.size)
         padded = F.pad(part, (0, widest - part.shape[1])).contiguous()
         outs = [torch.empty_like(padded) for _ in range(self.shard.size)] if self.shard.rank == 0 else []
-        self._sure(lambda: self._tensors.gather(outs, padded, 0).wait())
+        _sure(lambda: self._tensors.gather(outs, padded, 0).wait())
         shares = [Shard(rank, self.shard.size).share(width) for rank in range(len(outs))]
         kept = [out[:, : share.stop - share.start] for out, share in zip(outs, shares)]
         return torch.cat(kept, 1) if kept else part.new_empty(0)
@@ -113,13 +154,13 @@ class RankGroup:
     def wait_for_all(self) -> None:
         """Until every rank has come here, however long it takes."""
         flags = [torch.empty(1) for _ in range(self.shard.size)]
-        self._sure(lambda: self._orders.allgather([flags], [torch.zeros(1)]).wait())
+        _sure(lambda: self._orders.allgather([flags], [torch.zeros(1)]).wait())
 
     def _meet(self, store: Any, lost: Callable[[], str]) -> None:
         """Rank 0 waits for the others to check in and lets them go on; only then does anyone connect."""
         if self.shard.rank:
             store.set(f"here/{self.shard.rank}", "")
-            self._sure(lambda: store.wait(["go"], timedelta(seconds=MEETING_LIMIT_S)))
+            _sure(lambda: store.wait(["go"], timedelta(seconds=MEETING_LIMIT_S)))
             return
         names = [f"here/{rank}" for rank in range(1, self.shard.size)]
         deadline = time.monotonic() + MEETING_LIMIT_S
@@ -133,15 +174,15 @@ class RankGroup:
 
     def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         parts = [torch.empty_like(tensor) for _ in range(self.shard.size)]
-        self._sure(lambda: self._tensors.allgather([parts], [tensor]).wait())
+        _sure(lambda: self._tensors.allgather([parts], [tensor]).wait())
         return parts
 
     def _broadcast(self, tensor: torch.Tensor, limit: timedelta) -> None:
-        self._sure(lambda: self._orders.broadcast(tensor, 0).wait(limit))
+        _sure(lambda: self._orders.broadcast(tensor, 0).wait(limit))
 
-    @staticmethod
-    def _sure(call: Callable[[], T]) -> T:
-        try:
-            return call()
-        except RuntimeError as error:
-            raise RankLost(str(error)) from error
+
+def _sure(call: Callable[[], T]) -> T:
+    try:
+        return call()
+    except RuntimeError as error:
+        raise RankLost(str(error)) from error

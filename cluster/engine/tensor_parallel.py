@@ -7,8 +7,6 @@ watched is a ``Crew``'s business (``crew.py`` on this machine, ``cluster/launch.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +17,7 @@ import numpy as np
 import torch
 
 from cluster.core.errors import EngineDied
-from cluster.engine.collectives import RankGroup, RankLost
+from cluster.engine.collectives import LOOPBACK, Address, Meeting, RankGroup, RankLost
 from cluster.engine.decoder import Decoder
 from cluster.engine.kernels import Kernels, choose_kernels
 from cluster.engine.kv_cache import KVCache, SlotRows
@@ -39,7 +37,8 @@ REASON_WAIT_S = 2.0  # a rank's connection breaks a moment before its end is kno
 class RankPlan:
     """All a rank must know to load its shard and to find the others.
 
-    config: the whole model's. meeting: a folder all ranks see. limit_s: how long they wait for each other in a step.
+    folder: the model's, on rank 0's machine. config: the whole model's. meeting: where rank 0 waits for the others.
+    limit_s: how long they wait for each other in a step.
     """
 
     folder: Path
@@ -50,7 +49,7 @@ class RankPlan:
     num_slots: int
     capacity: int
     scratch: int
-    meeting: Path
+    meeting: Address
     limit_s: float
     shard: Shard
 
@@ -169,11 +168,13 @@ def build_sharded_rank(
     kernels: str = "auto",
     threads: int = 0,
     limit_s: float = 30.0,
+    host: str = LOOPBACK,
 ) -> ShardedRank:
     """Rank 0 of ``size``, the others started by ``recruit``; returns once all have loaded their shards.
 
-    threads: of each rank; 0 shares torch's number out. Raises ``ConfigError`` for what cannot be served, before any
-    weight is read; ``EngineDied`` where a rank does not come up.
+    threads: of each rank; 0 shares torch's number out. host: this machine's address, as ranks elsewhere reach it.
+    Raises ``ConfigError`` for what cannot be served, before any weight is read; ``EngineDied`` where a rank does not
+    come up.
     """
     config = read_config(folder)
     check_size(config, size)
@@ -181,9 +182,19 @@ def build_sharded_rank(
     threads = threads or max(1, torch.get_num_threads() // size)
     torch.set_num_threads(threads)
     chosen = choose_kernels(kernels, dtype, threads)
-    meeting = Path(tempfile.mkdtemp(prefix="paceline-ranks-"))
+    meeting = Meeting.call(host)
     plan = RankPlan(
-        folder, config, dtype, chosen.name, threads, num_slots, capacity, scratch, meeting, limit_s, Shard(0, size)
+        folder,
+        config,
+        dtype,
+        chosen.name,
+        threads,
+        num_slots,
+        capacity,
+        scratch,
+        meeting.address,
+        limit_s,
+        Shard(0, size),
     )
     crew = recruit([replace(plan, shard=Shard(rank, size)) for rank in range(1, size)])
     try:
@@ -199,8 +210,6 @@ def build_sharded_rank(
     except BaseException:
         crew.close()
         raise
-    finally:
-        shutil.rmtree(meeting, ignore_errors=True)
     return rank
 
 
@@ -211,7 +220,7 @@ def follow(plan: RankPlan) -> None:
     """
     torch.set_num_threads(plan.threads)
     kernels = choose_kernels(plan.kernels, plan.dtype, plan.threads, plan.shard.rank)
-    group = RankGroup(plan.meeting, plan.shard, plan.limit_s, kernels.device.type)
+    group = RankGroup(Meeting.join(plan.meeting), plan.shard, plan.limit_s, kernels.device.type)
     decoder = _load(plan, kernels, group)
     kv = KVStore(decoder.config, plan.num_slots, plan.capacity, plan.scratch, kernels.dtype, kernels.device)
     group.wait_for_all()

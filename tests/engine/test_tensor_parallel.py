@@ -15,7 +15,8 @@ from engine_steps import TREE_PARENTS, chain, path_to, prefill, random_tokens, r
 from thread_crew import ThreadCrew
 
 from cluster.core.errors import EngineDied
-from cluster.engine import crew
+from cluster.engine import collectives, crew
+from cluster.engine.collectives import LOOPBACK, Meeting, RankLost
 from cluster.engine.crew import LocalCrew
 from cluster.engine.rank import Rank
 from cluster.engine.tensor_parallel import RankPlan, Recruit, ShardedRank, build_sharded_rank
@@ -39,9 +40,11 @@ def build() -> Iterator[Build]:
         recruit: Recruit = ThreadCrew,
         limit_s: float = 60.0,
         scratch: int = 64,
+        host: str = LOOPBACK,
     ) -> ShardedRank:
         sizes = {"num_slots": 3, "capacity": 96, "scratch": scratch, "threads": 1}
-        made.append(build_sharded_rank(folder, dtype, size, recruit, kernels=kernels, limit_s=limit_s, **sizes))
+        limits = {"limit_s": limit_s, "host": host}
+        made.append(build_sharded_rank(folder, dtype, size, recruit, kernels=kernels, **limits, **sizes))
         return made[-1]
 
     yield build
@@ -107,6 +110,26 @@ def test_rows_are_bit_equal_however_many_there_are(
     rank.kv.free(slot)
     for logits, wanted in zip(a_sessions_steps(rank), a_sessions_steps(make_rank(folder, dtype, kernels))):
         torch.testing.assert_close(logits, wanted, rtol=0.0, atol=tolerance)
+
+
+def test_ranks_elsewhere_are_told_where_rank_0_is(make_model, make_rank, build: Build) -> None:  # type: ignore[no-untyped-def]
+    told: list[RankPlan] = []
+
+    def recruit(plans: Sequence[RankPlan]) -> ThreadCrew:
+        told.extend(plans)
+        return ThreadCrew(plans)
+
+    folder = make_model("llama")[1]
+    rank = build(folder, "float64", 2, recruit=recruit, host="127.0.0.2")
+    assert [plan.meeting[0] for plan in told] == ["127.0.0.2"]
+    for logits, wanted in zip(a_sessions_steps(rank), a_sessions_steps(make_rank(folder, "float64")), strict=True):
+        torch.testing.assert_close(logits, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_a_rank_that_finds_nobody_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collectives, "JOIN_LIMIT_S", 0.5)
+    with pytest.raises(RankLost):
+        Meeting.join(("127.0.0.1", 1))
 
 
 def test_a_step_refused_on_rank_0_leaves_the_others_in_step(make_model, build: Build) -> None:  # type: ignore[no-untyped-def]
