@@ -49,7 +49,7 @@ class DraftActor:
     def __init__(self, stage: StageConfig, config: DraftersConfig) -> None:
         from cluster.engine.weights import load_tokenizer, read_config, resolve_model
 
-        folder = resolve_model(config.target_model.source, log.info)
+        folder = resolve_model(config.target_model.source, log.info, weights=stage.drafter != "sssd")
         facts = TargetFacts(read_config(folder).vocab_size, config.max_model_len, folder, config.target_model.dtype)
         self._worker = DraftWorker(stage.name, create(stage, target=facts), stage.lease_ttl_s)
         self._facts = WorkerFacts(

@@ -219,7 +219,9 @@ def _local(max_drafts: int) -> Connect[LocalDrafter]:
         from cluster.engine.weights import resolve_model
         from drafters import TargetFacts, create
 
-        facts = TargetFacts(model.vocab_size, model.max_model_len, resolve_model(model.tokenizer), "bfloat16")
+        facts = TargetFacts(
+            model.vocab_size, model.max_model_len, resolve_model(model.tokenizer, weights=False), "bfloat16"
+        )
         stage = StageConfig(name="small", drafter="sssd", max_sessions=MAX_ROWS, options={"chain": True})
         drafter = create(stage, target=facts)
         return LocalDrafter(stage.name, drafter, model.vocab_size, max_drafts)
@@ -240,7 +242,7 @@ def _remote(address: str, app: str) -> Connect[Remote]:
             ray.init(address=address, log_to_driver=False, configure_logging=False)
         if not (stages := draft_stages(app)):
             raise ConfigError(f"application {app!r} has no draft stages")
-        vocab = load_tokenizer(resolve_model(model.tokenizer)).get_vocab()
+        vocab = load_tokenizer(resolve_model(model.tokenizer, weights=False)).get_vocab()
         name = f"vllm-{uuid.uuid4().hex[:12]}"
         transport = RayDraftTransport(name, app, stages, tokenizer_hash(vocab), in_background=True)
         return Remote(Pipeline(transport, stages, model.vocab_size, TREE_NODES, run_ahead=1), TREE_NODES)

@@ -212,7 +212,7 @@ def find_tokenizer(source: str, expected_hash: str) -> Any:
     from cluster.engine.weights import load_tokenizer, resolve_model
 
     try:
-        tokenizer = load_tokenizer(resolve_model(source))
+        tokenizer = load_tokenizer(resolve_model(source, weights=False))
     except (PacelineError, OSError, ValueError) as error:
         print(f"no colours: the tokenizer of {source} cannot be loaded: {error}", file=sys.stderr)
         return None

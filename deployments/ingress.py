@@ -19,7 +19,7 @@ class Ingress(GrpcDoor):
     """Serve finds the gRPC methods on the class, and asks it for the HTTP application."""
 
     def __init__(self, config: ServiceConfig, target: DeploymentHandle) -> None:
-        tokenizer = load_tokenizer(resolve_model(config.model.source))
+        tokenizer = load_tokenizer(resolve_model(config.model.source, weights=False))
         served = served_as(config.model.name, tokenizer_hash(tokenizer.get_vocab()))
         self.service = Service(config, Codec(tokenizer, config.request_timeout_s), Targets(target, served))
 

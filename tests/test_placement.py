@@ -22,6 +22,23 @@ def test_every_rank_gets_the_replicas_share_and_the_first_its_custom_resources()
     assert rank_resources(own) == {"num_cpus": 2.0, "num_gpus": 1.0, "resources": {}}
 
 
+def test_every_rank_gets_the_replicas_memory_and_kind_of_gpu() -> None:
+    bundles = target_placement({"num_cpus": 0, "num_gpus": 1, "memory": 4e9, "accelerator_type": "H100"}, 2)
+    own = {"GPU": 1.0, "memory": 4e9, "accelerator_type:H100": 0.001}
+    assert bundles["placement_group_bundles"] == [own, own]
+    assert rank_resources(own) == {
+        "num_cpus": 0.0,
+        "num_gpus": 1.0,
+        "resources": {"accelerator_type:H100": 0.001},
+        "memory": 4e9,
+    }
+
+
+def test_ranks_that_would_share_a_gpu_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"num_gpus: 0\.5 for each of 2 ranks; allowed: 0 or 1"):
+        target_placement({"num_gpus": 0.5}, 2)
+
+
 def test_a_replica_that_asks_for_nothing_still_has_a_bundle_a_rank() -> None:
     bundles = target_placement({"num_cpus": 0}, 2)["placement_group_bundles"]
     assert len(bundles) == 2

@@ -27,6 +27,7 @@ from cluster.engine.shard import Shard
 HEAD_WORDS = 512  # of an order: the length and its first words travel in one message, the rest in a second
 MEETING_LIMIT_S = 300.0  # ranks have to be started: imports on a busy machine
 JOIN_LIMIT_S = 30.0  # rank 0 listens before others are started
+SETTLE_POLL_S, LOST_POLL_S = 50e-6, 0.1
 MEETING_POLL_S = 0.02
 IDLE = timedelta(days=365)  # an idle rank waits for its next order
 LOOPBACK = "127.0.0.1"
@@ -50,13 +51,10 @@ def _gloo(store: Any, shard: Shard, limit: timedelta, host: str) -> Any:
 
 
 def _nccl(store: Any, shard: Shard, limit: timedelta, host: str) -> Any:
-    # As over gloo: a wait ends when the ranks have met, or raises after the limit; and on one machine nothing listens
-    # to the network.
-    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
-    if host == LOOPBACK:
+    if host == LOOPBACK:  # nothing listens to the network
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = limit
+    options._timeout = 2 * limit  # its watchdog ends the process: the last resort, behind ``settle``
     return dist.ProcessGroupNCCL(store, shard.rank, shard.size, options)
 
 
@@ -101,6 +99,8 @@ class RankGroup:
     ) -> None:
         """Meet the other ranks. ``lost`` says whether one of them is known to have ended."""
         self.shard = shard
+        self._device = device
+        self._lost = lost
         self._limit = timedelta(seconds=limit_s)
         self._meeting = meeting  # NCCL goes on asking its store
         self._meet(meeting.store, lost)
@@ -129,6 +129,13 @@ class RankGroup:
         shares = [Shard(rank, self.shard.size).share(width) for rank in range(len(outs))]
         kept = [out[:, : share.stop - share.start] for out, share in zip(outs, shares)]
         return torch.cat(kept, 1) if kept else part.new_empty(0)
+
+    def settle(self) -> None:
+        """Until a step is done. Over NCCL sums are only queued on the GPU: what is wrong with them shows here."""
+        if self._device == "cuda":
+            done = torch.cuda.Event()
+            done.record()
+            wait_until(done.query, self._limit.total_seconds(), self._lost)
 
     def send(self, words: Words) -> None:
         """Rank 0: one order for all others. No words: stop."""
@@ -179,6 +186,20 @@ class RankGroup:
 
     def _broadcast(self, tensor: torch.Tensor, limit: timedelta) -> None:
         _sure(lambda: self._orders.broadcast(tensor, 0).wait(limit))
+
+
+def wait_until(done: Callable[[], bool], limit_s: float, lost: Callable[[], str]) -> None:
+    """Raises ``RankLost`` once ``lost`` says why, or where it takes longer than the limit."""
+    start = asked = time.monotonic()
+    while not done():
+        now = time.monotonic()
+        if now - start > limit_s:
+            raise RankLost(f"a step is not done after {limit_s:g} s")
+        if now - asked > LOST_POLL_S:
+            asked = now
+            if reason := lost():
+                raise RankLost(reason)
+        time.sleep(SETTLE_POLL_S)
 
 
 def _sure(call: Callable[[], T]) -> T:

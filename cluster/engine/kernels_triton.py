@@ -212,6 +212,8 @@ class TritonKernels(OperatorKernels):
         if dtype not in TILE_ROWS:
             raise KernelsUnavailable(f"they compute in {', '.join(map(str, TILE_ROWS))}, not {dtype}")
         super().__init__("triton", dtype, torch.device("cpu") if INTERPRETED else _gpu(rank))
+        if not INTERPRETED:
+            check_launcher()
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, wide: bool = False) -> PackedLinear:
         kept = None if bias is None else self.place(bias)
@@ -304,6 +306,16 @@ def _gpu(rank: int) -> torch.device:
     return device
 
 
+def check_launcher() -> None:
+    """Triton compiles a C file before its first launch: better now than behind loaded weights."""
+    try:
+        _ = triton.runtime.driver.active.utils
+    except Exception as error:
+        raise KernelsUnavailable(
+            f"Triton cannot launch kernels, which takes gcc and Python's headers: {error}"
+        ) from error
+
+
 class _DeviceRows:
     """Rows of a step on the device, at addresses that stay: ``size`` of them, with paths of up to ``width``."""
 
@@ -349,7 +361,10 @@ class _TritonForward:
         hidden = self._layers(
             (shape, kv.keys[0].data_ptr(), skip), lambda: self._kernels.layers(self._model, rows.step, kv, skip)
         )
-        return self._kernels.logits(self._model, hidden[:count], step.wanted, features).cpu()
+        logits = self._kernels.logits(self._model, hidden[:count], step.wanted, features)
+        if logits.is_cuda and not len(logits):  # nothing to wait for: the next step's time would hold this one's
+            torch.cuda.current_stream().synchronize()
+        return logits.cpu()
 
     def _layers(self, key: Any, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """``key``: of what ``compute`` launches: padded shape, cache, skipped sub-layers."""

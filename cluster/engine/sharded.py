@@ -40,9 +40,11 @@ class ShardedForward:
         for index in range(self._num_sub_layers):
             if index not in skip:
                 hidden = hidden + self._group.sum(part.addend(index, hidden)).to(hidden.dtype)
-        if step.wanted is not None and not len(step.wanted):
-            return torch.empty((0, self._vocab_size))
-        return self._group.gather_columns(part.logits(hidden), self._vocab_size).cpu()
+        logits = torch.empty((0, self._vocab_size))
+        if step.wanted is None or len(step.wanted):
+            logits = self._group.gather_columns(part.logits(hidden), self._vocab_size)
+        self._group.settle()
+        return logits.cpu()
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """(n,) -> (n, hidden): the embeddings of this rank's share of the vocabulary, zeros for other tokens."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from engine_steps import TREE_PARENTS, chain, path_to, prefill, random_tokens, rows
 
-from cluster.engine.kernels import choose_kernels
+from cluster.engine.kernels import KernelsUnavailable, choose_kernels
 from cluster.engine.packed import LowRank
 
 pytest.importorskip("triton")  # interpreted where there is no GPU: each program of a kernel takes milliseconds
@@ -114,3 +114,16 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == 2 * 2 * 6
+
+
+def test_a_machine_on_which_triton_cannot_launch_says_so_before_any_weight_is_read(monkeypatch):
+    kernels_triton = pytest.importorskip("cluster.engine.kernels_triton")
+
+    class Driver:
+        @property
+        def active(self):
+            raise OSError("Python.h: No such file")
+
+    monkeypatch.setattr(kernels_triton.triton.runtime, "driver", Driver())
+    with pytest.raises(KernelsUnavailable, match=r"headers: Python\.h"):
+        kernels_triton.check_launcher()

@@ -8,8 +8,9 @@ import torch
 from engine_steps import TREE_PARENTS, rows
 from transformers import LlamaConfig
 
-from cluster.core.errors import Overloaded
+from cluster.core.errors import ConfigError, Overloaded
 from cluster.engine.kv_cache import KVCache
+from cluster.engine.kv_store import WORKING_ROOM, check_room
 from cluster.engine.weights import decoder_config_from_hf
 
 
@@ -173,3 +174,10 @@ def test_check_notices_a_leak_a_double_entry_and_an_impossible_length(kv):
     kv._slots[slot].length = 13
     with pytest.raises(RuntimeError, match="too long"):
         kv.check()
+
+
+def test_slots_that_a_gpu_has_no_room_for_are_refused_with_the_number_that_fits():
+    slot = 4 << 30
+    check_room(8 * slot, 8 * slot + WORKING_ROOM, 8, 32_768)
+    with pytest.raises(ConfigError, match=r"kv_slots: 8 .* 32\.0 GiB .* 24\.0 GiB left; .* up to 5 slots"):
+        check_room(8 * slot, 6 * slot, 8, 32_768)

@@ -16,7 +16,7 @@ from thread_crew import ThreadCrew
 
 from cluster.core.errors import EngineDied
 from cluster.engine import collectives, crew
-from cluster.engine.collectives import LOOPBACK, Meeting, RankLost
+from cluster.engine.collectives import LOOPBACK, Meeting, RankLost, wait_until
 from cluster.engine.crew import LocalCrew
 from cluster.engine.rank import Rank
 from cluster.engine.tensor_parallel import RankPlan, Recruit, ShardedRank, build_sharded_rank
@@ -130,6 +130,16 @@ def test_a_rank_that_finds_nobody_gives_up(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(collectives, "JOIN_LIMIT_S", 0.5)
     with pytest.raises(RankLost):
         Meeting.join(("127.0.0.1", 1))
+
+
+def test_a_step_that_is_not_done_ends_with_what_the_crew_knows_or_at_the_limit() -> None:
+    wait_until(iter([False, True]).__next__, 1.0, str)
+    start = time.monotonic()
+    with pytest.raises(RankLost, match="rank 1 died"):
+        wait_until(lambda: False, 60.0, lambda: "rank 1 died")
+    assert time.monotonic() - start < 30.0
+    with pytest.raises(RankLost, match=r"not done after 0\.02 s"):
+        wait_until(lambda: False, 0.02, str)
 
 
 def test_a_step_refused_on_rank_0_leaves_the_others_in_step(make_model, build: Build) -> None:  # type: ignore[no-untyped-def]

@@ -132,6 +132,17 @@ def test_a_hub_id_that_cannot_be_fetched_says_so(monkeypatch):
         resolve_model("paceline-tests/never-published")
 
 
+@pytest.mark.parametrize("weights", [True, False])
+def test_weights_are_fetched_from_a_hub_only_where_they_are_wanted(monkeypatch, tmp_path, weights):
+    patterns = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda _, allow_patterns: patterns.extend(allow_patterns) or str(tmp_path)
+    )
+    assert resolve_model("owner/name", weights=weights) == tmp_path
+    assert ("*.safetensors" in patterns) == weights
+    assert "*.json" in patterns
+
+
 def test_a_folder_is_its_own_source_and_one_without_config_is_refused(make_model, tmp_path):
     folder = make_model("llama")[1]
     assert resolve_model(str(folder)) == folder
