@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HOLD_POLL_S = 0.5
-MAX_CONCURRENT_CALLS = 1000
+CONTROL_CALLS = 1000  # of a draft worker at once, beside a held lease and a call for each of its sessions
 COMPUTE_LIMIT_S = 60.0  # a draft computation that takes longer is stuck
 STOP_LIMIT_S = 5.0  # for ranks to end after they were told to
 
@@ -129,7 +129,8 @@ def start_draft_worker(stage: StageConfig, config: DraftersConfig) -> tuple[Any,
 
     Ray restarts it where its process dies, and its handle stays good.
     """
-    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": 0, "max_concurrency": MAX_CONCURRENT_CALLS}
+    concurrency = CONTROL_CALLS + 2 * stage.max_sessions
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": 0, "max_concurrency": concurrency}
     worker = ray.remote(DraftActor).options(**{**options, **stage.actor_options}).remote(stage, config)
     return worker, ray.get(worker.facts.remote())
 

@@ -133,7 +133,7 @@ class RankGroup:
     def settle(self) -> None:
         """Until a step is done. Over NCCL sums are only queued on the GPU: what is wrong with them shows here."""
         if self._device == "cuda":
-            done = torch.cuda.Event()
+            done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
             wait_until(done.query, self._limit.total_seconds(), self._lost)
 

@@ -12,10 +12,11 @@ FORGET_AFTER_S = 60.0  # a worker that nobody had to do with for so long is a st
 
 @dataclass(slots=True)
 class _Trouble:
-    """Deadlines missed in a row, and when the worker last missed one or was probed."""
+    """Deadlines missed in a row; when the worker last missed one or was probed, and whether it was the latter."""
 
     misses: int
     since_s: float
+    probing: bool = False
 
 
 class Breakers:
@@ -40,7 +41,7 @@ class Breakers:
         """A deadline passed without the worker's answer, or a call to it failed. True where that opens its breaker."""
         self.forget(now)
         trouble = self._troubled.setdefault(worker, _Trouble(0, now))
-        trouble.misses, trouble.since_s = trouble.misses + 1, now
+        trouble.misses, trouble.since_s, trouble.probing = trouble.misses + 1, now, False
         opened = trouble.misses == MISSES_TO_OPEN
         self.openings += opened
         return opened
@@ -55,11 +56,16 @@ class Breakers:
         return self._troubled[worker].since_s + PROBE_INTERVAL_S
 
     def probed(self, worker: Hashable, now: float) -> None:
-        self._troubled[worker].since_s = now
+        trouble = self._troubled[worker]
+        trouble.since_s, trouble.probing = now, True
 
     def probe_answered(self, worker: Hashable, now: float, patience_s: float) -> bool:
-        """True where that closes an open breaker: the probe took no longer than a round would have waited."""
-        closes = self.open(worker) and now - self._troubled[worker].since_s <= patience_s
+        """True where that closes an open breaker: the probe took no longer than a round would have waited.
+
+        An answer to what was asked before the breaker opened is none.
+        """
+        trouble = self._troubled.get(worker)
+        closes = trouble is not None and trouble.probing and now - trouble.since_s <= patience_s
         if closes:
             del self._troubled[worker]
         return closes

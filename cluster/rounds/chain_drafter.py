@@ -178,7 +178,7 @@ class ChainDrafter:
         """Let the workers of rows that have ended go."""
         with self._lock:
             self._reaped_s = self._clock()
-            for text in self._texts.forget(self._clock()):
+            for text in self._texts.forget(self._clock(), self._begun_s):
                 if self._local is not None:
                     self._local.close(text.id)
                 if self._remote is not None:

@@ -83,6 +83,7 @@ class DraftWorker:
         trees = fill_in(list(wanted.values()), hints, self._drafter.propose(list(wanted.values()), hints))
         for name in [name for name in wanted if not self._drafter.holds(name)]:
             del self._held[name]
+            resync.append(keys[name].session_id)
         report = StageReport(
             self.stage,
             os.getpid(),

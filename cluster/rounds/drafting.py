@@ -166,7 +166,8 @@ class Drafting:
         """All but those that wait for their own stages' trees."""
         if self._pipeline is None or self._governor.always:
             return list(decoding)
-        pipeline, patience = self._pipeline, self._deadline(max(1, len(decoding)), None)
+        context = sum(session.base for session in decoding) / max(1, len(decoding))
+        pipeline, patience = self._pipeline, self._deadline(max(1, len(decoding)), context)
         now = [s for s in decoding if not s.request.speculation.stages or not pipeline.awaits(s.id, patience)]
         return now if now or busy else list(decoding)
 
@@ -210,7 +211,7 @@ class Drafting:
             return cap
         return min(cap, SPARE_NODES + int(2 * self._nodes_of_late[session.id]))
 
-    def _deadline(self, sessions: int, context: float | None) -> float:
+    def _deadline(self, sessions: int, context: float) -> float:
         config = self._config
         wait = 1e3 * config.draft_deadline_steps * self._governor.cost.at(sessions, context)
         return max(config.draft_deadline_min_ms, min(config.draft_deadline_max_ms, wait)) / 1e3

@@ -342,11 +342,11 @@ class Pipeline:
         with self._arrived:
             self.worker_pids[report.stage] = report.pid
             self._records[report.stage].answered(report.seconds)
-            if not report.resync:
+            if report.held or not report.resync:  # it holds some: that others must begin again is their trouble
                 self._records[report.stage].answered_probe(worker, self._clock(), self._patience)
             for session_id, length in report.held.items():
                 known = self._sessions.get(session_id)
-                if known and length <= known.session.base:  # more than was ever sent is rubbish
+                if known and type(length) is int and 0 <= length <= known.session.base:  # anything else is rubbish
                     known.silent_since.pop(report.stage, None)
                     known.held[report.stage] = max(length, known.held.get(report.stage, 0))
                     if known.waiting_for and known.waiting_for.base == length and session_id not in reply.trees:

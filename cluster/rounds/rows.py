@@ -19,6 +19,7 @@ from cluster.core.types import SamplingParams, TreeKey, digest_of
 
 MARK_TOKENS = 64  # of a text's end tell it from others of its length
 FORGET_AFTER_S = 2.0  # a row that was not seen for so long has ended, or waits preempted and is then begun anew
+LINGER_S = 60.0  # where no step has come since
 GREEDY = SamplingParams(temperature=0.0)
 
 Mark = tuple[int, bytes]
@@ -106,13 +107,19 @@ class RowTexts:
             self._by_mark[text.mark].append(text)
         return found
 
-    def forget(self, now: float) -> list[RowText]:
-        """Texts not seen for ``FORGET_AFTER_S``; they are followed no longer."""
+    def forget(self, now: float, latest_s: float) -> list[RowText]:
+        """Texts not seen for ``FORGET_AFTER_S``, which are followed no longer.
+
+        ``latest_s``: when the latest step's rows were shown. Those that were among them may be in a long step, and stay
+        for ``LINGER_S``.
+        """
         ended: list[RowText] = []
         for mark in list(self._by_mark):
-            texts = self._by_mark.pop(mark)
-            ended += [text for text in texts if now - text.seen_s > FORGET_AFTER_S]
-            if kept := [text for text in texts if now - text.seen_s <= FORGET_AFTER_S]:
+            kept: list[RowText] = []
+            for text in self._by_mark.pop(mark):
+                patience = LINGER_S if text.seen_s >= latest_s else FORGET_AFTER_S
+                (ended if now - text.seen_s > patience else kept).append(text)
+            if kept:
                 self._by_mark[mark] = kept
         return ended
 

@@ -130,7 +130,7 @@ class SessionDrafts:
     def knows(self, key: object) -> bool:
         """Whether a stage may have been asked about that state."""
         present = self.present
-        if present is None or not isinstance(key, TreeKey):
+        if present is None or not isinstance(key, TreeKey) or type(key.base) is not int or key.base < 0:
             return False
         own = (key.session_id, key.epoch) == (present.session_id, present.epoch)
         return own and (key == present or key.base < present.base)

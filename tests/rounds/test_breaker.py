@@ -110,3 +110,14 @@ def test_answers_in_time_close_no_open_breaker_and_late_probes_neither() -> None
     assert not breakers.probe_answered("one", 3.0, patience_s=0.5)
     assert breakers.probe_answered("one", 3.0, patience_s=1.5)
     assert not breakers.open("one")
+
+
+def test_a_late_answer_is_no_probes_answer() -> None:
+    breakers = Breakers()
+    for now in (0.0, 0.3):
+        breakers.missed("worker", now)
+    assert breakers.open("worker")
+    assert not breakers.probe_answered("worker", 0.4, PATIENCE_S)
+    breakers.probed("worker", 1.4)
+    assert breakers.probe_answered("worker", 1.5, PATIENCE_S)
+    assert not breakers.open("worker")

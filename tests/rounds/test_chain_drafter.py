@@ -15,7 +15,7 @@ from cluster.rounds.draft_worker import DraftWorker
 from cluster.rounds.local_drafter import LocalDrafter
 from cluster.rounds.messages import DraftReply
 from cluster.rounds.pipeline import ChainAsk, Deliver, Fail, Pipeline
-from cluster.rounds.rows import FORGET_AFTER_S, Row, RowTexts
+from cluster.rounds.rows import FORGET_AFTER_S, LINGER_S, Row, RowTexts
 from cluster.rounds.step_times import MIN_STEPS, MOST_OUTLIERS, PROBE_STEPS, ChainLengths, StepTimes
 from drafters.base import Ask
 
@@ -125,6 +125,12 @@ def test_a_row_that_ended_is_forgotten_everywhere() -> None:
     rig.step(row([5, 6, 7, 8], 1))
     assert len(rig.drafter.tokens) == rig.pipeline.num_sessions == 1
     rig.now += FORGET_AFTER_S + 0.1
+    rig.chains.reap()
+    assert len(rig.drafter.tokens) == rig.pipeline.num_sessions == 1  # it may be in a long step
+    rig.step(row([30, 31], 1))
+    rig.chains.reap()
+    assert len(rig.drafter.tokens) == rig.pipeline.num_sessions == 1  # the new one
+    rig.now += LINGER_S + 0.1
     rig.chains.reap()
     assert len(rig.drafter.tokens) == rig.pipeline.num_sessions == 0
 

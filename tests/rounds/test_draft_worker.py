@@ -155,6 +155,7 @@ def test_a_drafter_that_raises_costs_its_own_session_only(where: str) -> None:
     bad = host.draft("v", [other if where == "begin" else follow(5, 8)])
     assert bad.trees == {}
     assert bad.reports[-1].held == {}
+    assert bad.reports[-1].resync == (("o",) if where == "begin" else ("s",))  # nobody waits for an answer
     drafter.failing = False
     assert host.draft("v", [other]).trees.keys() == {"o"}
 

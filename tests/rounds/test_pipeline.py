@@ -345,3 +345,11 @@ def test_close_frees_the_session_everywhere() -> None:
     rig.transport.join()
     assert rig.pipeline.num_sessions == 0
     assert all(drafter.tokens == {} for drafter in rig.drafters.values())
+
+
+@pytest.mark.parametrize("length", [2.5, -1, True, "3", None])
+def test_a_worker_that_names_an_impossible_length_costs_nobody_anything(length: object) -> None:
+    rig = Rig(("small",))
+    rig.commit(7)
+    rig.pipeline._deliver(WORKER, DraftReply({}, (StageReport("small", 1, {rig.session.id: length}),)))  # type: ignore[dict-item]
+    assert stages_of(rig.round()) == [Origin.SMALL]
