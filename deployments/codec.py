@@ -33,6 +33,31 @@ MAX_CACHE_SALT = 512
 MAX_MESSAGE = 1000
 DRAWN_SEEDS = 2**53  # clients get them back in JSON, whose numbers many read as doubles
 ROLES = ("system", "user", "assistant")
+MAX_TEMPLATE_KWARGS = 16
+MAX_TEMPLATE_CHARS = 1024
+RESERVED_TEMPLATE_KWARGS = frozenset(
+    (
+        "self",
+        "messages",
+        "conversation",
+        "conversations",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "sanitize_control_tokens",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+    )
+)
+"""What ``apply_chat_template`` and the rendering behind it take for themselves: not the client's to set."""
 THREAD_ABOVE_CHARS = 4096
 """Longer texts are tokenised in a thread: shorter ones cost less than the hop."""
 
@@ -74,9 +99,10 @@ def public_message(error: BaseException, request_id: str) -> str:
 class ClientRequest:
     """A request as the client wrote it; exactly one of ``text``, ``messages``, ``token_ids`` is set.
 
-    ``messages`` are (role, content) pairs. ``params`` holds those fields of ``SamplingParams`` that the client set.
-    ``names`` maps our field names to the client's where they differ, for error messages. ``authorization`` and
-    ``trace_parent`` are the protocol's headers ``authorization`` and ``traceparent``.
+    ``messages`` are (role, content) pairs; ``chat_template_kwargs`` are further variables of their template, such as
+    Qwen3's ``enable_thinking``: booleans, numbers and strings. ``params`` holds those fields of ``SamplingParams`` that
+    the client set. ``names`` maps our field names to the client's where they differ, for error messages.
+    ``authorization`` and ``trace_parent`` are the protocol's headers ``authorization`` and ``traceparent``.
     """
 
     text: str | None = None
@@ -91,6 +117,7 @@ class ClientRequest:
     priority: int = 0
     cache_salt: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     authorization: str = field(default="", repr=False)
     trace_parent: str = ""
 
@@ -111,7 +138,7 @@ class ChatTokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
     def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool, **kwargs: Any
     ) -> str: ...
 
 
@@ -160,14 +187,15 @@ class Codec:
         if asked.token_ids is not None:
             return asked.token_ids
         if asked.messages is not None:
-            text, special = self._render(asked.messages), False
+            text, special = self._render(asked.messages, asked.chat_template_kwargs), False
         else:
             text, special = asked.text or "", True
         if len(text) > THREAD_ABOVE_CHARS:
             return tuple(await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=special))
         return tuple(self._tokenizer.encode(text, add_special_tokens=special))
 
-    def _render(self, messages: tuple[tuple[str, str], ...]) -> str:
+    def _render(self, messages: tuple[tuple[str, str], ...], template_kwargs: Mapping[str, Any]) -> str:
+        check_template_kwargs(template_kwargs)
         if not messages:
             raise InvalidArgument("messages", "at least one message is needed")
         for index, (role, _) in enumerate(messages):
@@ -175,7 +203,9 @@ class Codec:
                 raise InvalidArgument(f"messages.{index}.role", f"{role!r} is not one of {', '.join(ROLES)}")
         chat = [{"role": role, "content": content} for role, content in messages]
         try:
-            return self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            return self._tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True, **template_kwargs
+            )
         except Exception as error:
             # The template is the model's own program: it refuses conversations by raising whatever it likes.
             raise InvalidArgument("messages", f"the model's chat template refuses them: {error}") from None
@@ -201,6 +231,20 @@ def owner_of(authorization: str, cache_salt: str) -> str:
 def check_request_id(request_id: str) -> None:
     if len(request_id) > MAX_REQUEST_ID or not request_id.isprintable():
         raise InvalidArgument("request_id", f"must be at most {MAX_REQUEST_ID} printable characters")
+
+
+def check_template_kwargs(given: Mapping[str, Any]) -> None:
+    """Few and small, since every template is free in what it does with them. Raises ``InvalidArgument``."""
+    if len(given) > MAX_TEMPLATE_KWARGS:
+        raise InvalidArgument("chat_template_kwargs", f"{len(given)} keys, at most {MAX_TEMPLATE_KWARGS}")
+    for name, value in given.items():
+        where = f"chat_template_kwargs.{name}"
+        if name in RESERVED_TEMPLATE_KWARGS:
+            raise InvalidArgument(where, "is reserved: the server sets it")
+        if not isinstance(value, bool | int | float | str):
+            raise InvalidArgument(where, "must be a boolean, a number or a string")
+        if isinstance(value, str) and len(value) > MAX_TEMPLATE_CHARS:
+            raise InvalidArgument(where, f"{len(value)} characters, at most {MAX_TEMPLATE_CHARS}")
 
 
 def check_speculation(speculation: Speculation, info: ModelInfo) -> None:

@@ -49,11 +49,14 @@ UNSERVED: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": ("none",),
+    "reasoning_effort": (),
     "verbosity": (),
     "web_search_options": (),
 }
 """Fields of OpenAI's API that are not served, with the values that ask for nothing; null always does."""
+
+INSTEAD = {"reasoning_effort": "a model's template may have such a switch, which chat_template_kwargs reach"}
+"""What serves the purpose of a field that is not served."""
 
 UNSERVED_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "name": (),
@@ -74,7 +77,8 @@ def _refuse_unserved(body: Any, unserved: Mapping[str, tuple[Any, ...]], where: 
         asks_for_nothing = (None, *unserved[name])
         if not any(type(body[name]) is type(value) and body[name] == value for value in asks_for_nothing):
             allowed = " or ".join(json.dumps(value) for value in asks_for_nothing)
-            raise InvalidArgument(f"{where}{name}", f"is not served; allowed here: {allowed}")
+            hint = f"; {INSTEAD[name]}" if name in INSTEAD else ""
+            raise InvalidArgument(f"{where}{name}", f"is not served; allowed here: {allowed}{hint}")
     return {name: value for name, value in body.items() if name not in unserved}
 
 
@@ -196,7 +200,7 @@ class GenerationBody(_Body):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def asked(self, **prompt: Any) -> ClientRequest:
-        """The request in the codec's terms. ``prompt``: the one of its three prompt fields, and ``names``."""
+        """The request in the codec's terms. ``prompt``: the one of its three prompt fields, and what belongs to it."""
         options = self.speculation or SpeculationOptions()
         if self.stream_options is not None and not self.stream:
             raise InvalidArgument("stream_options", "is allowed with stream=true only")
@@ -259,15 +263,17 @@ class ChatBody(GenerationBody):
     endpoint = "chat.completion"
     messages: list[Message]
     max_completion_tokens: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def client_request(self) -> ClientRequest:
         # "developer" is OpenAI's newer name of "system"; chat templates know the old one.
         messages = tuple(("system" if m.role == "developer" else m.role, m.content) for m in self.messages)
+        chat: dict[str, Any] = {"messages": messages, "chat_template_kwargs": self.chat_template_kwargs or {}}
         if self.max_completion_tokens is None:
-            return self.asked(messages=messages)
+            return self.asked(**chat)
         if self.max_tokens not in (None, self.max_completion_tokens):
             raise InvalidArgument("max_completion_tokens", "differs from max_tokens, its older name; send one of them")
-        return self.asked(messages=messages, names={"max_tokens": "max_completion_tokens"})
+        return self.asked(**chat, names={"max_tokens": "max_completion_tokens"})
 
     def _params(self) -> dict[str, Any]:
         limit = self.max_completion_tokens

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from doors.conftest import byte_tokenizer
 
 from cluster.core.errors import EngineUnavailable, InvalidArgument, NotFound
 from cluster.core.types import ModelInfo
 from cluster.tree_engine import check_request
-from deployments.codec import MAX_MESSAGE, ClientRequest, Codec, public_message
+from deployments.codec import MAX_MESSAGE, RESERVED_TEMPLATE_KWARGS, ClientRequest, Codec, public_message
+from deployments.openai_api import ChatBody, parse_body
 
 INFO = ModelInfo("model", "Llama", 10, 32, "float32", "torch", True, (), "hash")
 
@@ -45,3 +49,50 @@ def test_what_a_client_wrote_comes_back_shortened() -> None:
         encode(token_ids=(1,), model="x" * 100_000)
     assert len(public_message(caught.value, "id")) <= MAX_MESSAGE + 4
     assert public_message(InvalidArgument("seed", "is odd"), "id") == "seed: is odd"
+
+
+CHAT_INFO = replace(INFO, vocab_size=300, max_model_len=300)
+
+
+def chat(**fields: Any) -> Any:
+    """The tokens of a chat's prompt, from HTTP's body on, as text."""
+    tokenizer = byte_tokenizer()
+    body = json.dumps({"messages": [{"role": "user", "content": "hi"}], **fields}).encode()
+    asked = parse_body(ChatBody, body).client_request()
+    return tokenizer.decode(asyncio.run(Codec(tokenizer, 60.0).encode(asked, CHAT_INFO)).prompt_token_ids)
+
+
+def test_a_templates_own_switch_is_reached_by_chat_template_kwargs() -> None:
+    assert chat(chat_template_kwargs={"enable_thinking": False}) == chat() + "<think></think>"
+    for thinking in ({"enable_thinking": True, "style": "brief", "budget": 7}, {}, None):
+        assert chat(chat_template_kwargs=thinking) == chat()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "field"),
+    [
+        ({str(i): i for i in range(17)}, "chat_template_kwargs"),
+        (["enable_thinking"], "chat_template_kwargs"),
+        ({"tools": "x"}, "chat_template_kwargs.tools"),
+        ({"x": None}, "chat_template_kwargs.x"),
+        ({"x": {"y": 1}}, "chat_template_kwargs.x"),
+        ({"x": "x" * 1025}, "chat_template_kwargs.x"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_other_chat_template_kwargs_are_refused_by_name(kwargs: Any, field: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        chat(chat_template_kwargs=kwargs)
+    assert caught.value.field == field
+
+
+def test_whatever_the_tokenizer_takes_for_itself_is_reserved() -> None:
+    own = inspect.signature(byte_tokenizer().apply_chat_template).parameters
+    assert set(own) - {"kwargs"} <= RESERVED_TEMPLATE_KWARGS
+
+
+def test_no_reasoning_effort_is_ignored() -> None:
+    assert chat(reasoning_effort=None) == chat()
+    for effort in ("none", "high"):
+        with pytest.raises(InvalidArgument, match=r"reasoning_effort: .*chat_template_kwargs"):
+            chat(reasoning_effort=effort)
