@@ -20,6 +20,7 @@ from types import MappingProxyType
 
 from cluster.core.errors import (
     Aborted,
+    AlreadyExists,
     DeadlineExceeded,
     EngineDied,
     EngineFailed,
@@ -184,7 +185,7 @@ class TreeEngine:
                 raise EngineUnavailable(self._failure or "the engine is stopped")
             running = self._calls.get(request_id)
             if running is not None and not call.request.replaces(running.request):
-                raise InvalidArgument("request_id", f"{request_id!r} is running already")
+                raise AlreadyExists(f"request_id: {request_id!r} is running already")
             self._calls[request_id] = call
         if running is not None:  # its door lost it
             self._inbox.put(partial(self._drop, running, Aborted(f"request {request_id} goes on in another call")))

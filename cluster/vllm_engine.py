@@ -19,6 +19,7 @@ from typing import Any
 from cluster.core.config import ServiceConfig
 from cluster.core.errors import (
     Aborted,
+    AlreadyExists,
     ConfigError,
     DeadlineExceeded,
     EngineDied,
@@ -193,7 +194,7 @@ class VllmEngine:
             )
         if (running := self._calls.get(request.request_id)) is not None:
             if not request.replaces(running.request):
-                raise InvalidArgument("request_id", f"{request.request_id!r} is running already")
+                raise AlreadyExists(f"request_id: {request.request_id!r} is running already")
             self.abort(request.request_id)  # its door lost it
         if not request.admitted and len(self._calls) >= self._max_waiting:
             raise Overloaded(f"{len(self._calls)} requests run or wait; allowed: {self._max_waiting}")

@@ -18,6 +18,7 @@ import grpc
 
 from cluster.core.errors import (
     Aborted,
+    AlreadyExists,
     DeadlineExceeded,
     EngineUnavailable,
     InvalidArgument,
@@ -75,6 +76,7 @@ INTERNAL = Status(500, grpc.StatusCode.INTERNAL, "internal_server_error")
 STATUSES: Mapping[type[PacelineError], Status] = {
     InvalidArgument: Status(400, grpc.StatusCode.INVALID_ARGUMENT, "invalid_request_error"),
     NotFound: Status(404, grpc.StatusCode.NOT_FOUND, "not_found_error"),
+    AlreadyExists: Status(409, grpc.StatusCode.ALREADY_EXISTS, "conflict_error"),
     Overloaded: Status(429, grpc.StatusCode.RESOURCE_EXHAUSTED, "rate_limit_error"),
     Aborted: Status(499, grpc.StatusCode.CANCELLED, "request_aborted"),
     EngineUnavailable: Status(503, grpc.StatusCode.UNAVAILABLE, "service_unavailable_error"),

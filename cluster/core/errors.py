@@ -29,6 +29,10 @@ class NotFound(PacelineError):
     """The named model or request does not exist. HTTP 404, gRPC NOT_FOUND."""
 
 
+class AlreadyExists(PacelineError):
+    """A request of this id is running. HTTP 409, gRPC ALREADY_EXISTS."""
+
+
 class Overloaded(PacelineError):
     """The engine refuses new work: its waiting queue is full. HTTP 429, gRPC RESOURCE_EXHAUSTED."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 
+import grpc
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
@@ -11,6 +12,7 @@ from ray.serve.exceptions import BackPressureError, RequestCancelledError
 from cluster.core import errors
 from cluster.core.errors import (
     Aborted,
+    AlreadyExists,
     DeadlineExceeded,
     EngineDied,
     EngineFailed,
@@ -64,6 +66,11 @@ def test_every_error_that_a_client_can_cause_has_its_own_status() -> None:
     kinds = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, PacelineError)}
     assert kinds - internal - {PacelineError, EngineDied} == set(STATUSES)
     assert len({status.http for status in STATUSES.values()}) == len(STATUSES)
+
+
+def test_an_id_in_use_is_a_conflict() -> None:
+    status = status_of(AlreadyExists("request_id: 'x' is running already"))
+    assert (status.http, status.grpc) == (409, grpc.StatusCode.ALREADY_EXISTS)
 
 
 def test_an_unlisted_error_is_internal_and_says_only_the_request_id() -> None:

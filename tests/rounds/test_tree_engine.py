@@ -16,6 +16,7 @@ from tiny import VOCAB, save_tiny_llama
 
 from cluster.core.errors import (
     Aborted,
+    AlreadyExists,
     DeadlineExceeded,
     EngineFailed,
     EngineUnavailable,
@@ -154,7 +155,7 @@ def test_an_attempt_takes_the_place_of_the_one_it_replays(start: Callable[..., R
         lost = asyncio.create_task(rig.tokens(first))
         await rig.wait_until(lambda: rig.scheduler.num_running == 1)
         for other in (replace(first, call_id="two", epoch=1), first):
-            with pytest.raises(InvalidArgument, match="running already"):
+            with pytest.raises(AlreadyExists, match="running already"):
                 await rig.tokens(other)
         replay = asyncio.create_task(rig.tokens(replace(first, epoch=1)))
         await asyncio.sleep(0)
@@ -178,7 +179,7 @@ def test_an_id_that_is_running_is_refused_and_may_be_used_again_at_once_when_it_
         items = rig.generate(ask("r", (1, 2), tokens=100))
         rig.verifier.release(3)
         await anext(items)
-        with pytest.raises(InvalidArgument):
+        with pytest.raises(AlreadyExists):
             await rig.tokens(ask("r"))
         await items.aclose()
         again = asyncio.create_task(rig.tokens(ask("r")))
