@@ -17,7 +17,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from cluster.core.errors import Aborted, EngineUnavailable, InvalidArgument, NotFound, Overloaded
+from cluster.core.errors import (
+    Aborted,
+    DeadlineExceeded,
+    EngineFailed,
+    EngineUnavailable,
+    InvalidArgument,
+    NotFound,
+    Overloaded,
+)
 from cluster.core.types import GenerateRequest, StreamItem
 from deployments.codec import INTERNAL, MAX_REQUEST_BYTES, public_message, status_of
 from deployments.metrics import render
@@ -238,7 +246,11 @@ def error_object(error: Exception, request_id: str = "") -> dict[str, Any]:
 
 
 def error_response(error: Exception, request_id: str = "") -> JSONResponse:
+    """``error`` as a response, with what clients that retry by themselves should know."""
     headers = {}
+    if isinstance(error, DeadlineExceeded | EngineFailed):
+        # OpenAI's client would repeat these twice: its own deadline again, or the crash of engines after its replays.
+        headers["x-should-retry"] = "false"
     if isinstance(error, Overloaded | EngineUnavailable):
         headers["Retry-After"] = str(max(1, math.ceil(getattr(error, "retry_after_s", 1.0))))
     return JSONResponse(error_object(error, request_id), status_of(error).http, headers)

@@ -22,6 +22,7 @@ from cluster.core.errors import (
     PacelineError,
 )
 from deployments.codec import INTERNAL, STATUSES, public_message, status_of
+from deployments.ingress_http import error_response
 from deployments.targets import typed_error
 
 
@@ -71,6 +72,13 @@ def test_every_error_that_a_client_can_cause_has_its_own_status() -> None:
 def test_an_id_in_use_is_a_conflict() -> None:
     status = status_of(AlreadyExists("request_id: 'x' is running already"))
     assert (status.http, status.grpc) == (409, grpc.StatusCode.ALREADY_EXISTS)
+
+
+def test_clients_are_kept_from_repeating_what_would_fail_again() -> None:
+    for error in (DeadlineExceeded("took longer than 1 s"), EngineFailed("a step crashed")):
+        assert error_response(error).headers["x-should-retry"] == "false"
+    for error in (Overloaded("full"), EngineUnavailable("loading"), AlreadyExists("x"), ValueError("a bug")):
+        assert "x-should-retry" not in error_response(error).headers
 
 
 def test_an_unlisted_error_is_internal_and_says_only_the_request_id() -> None:

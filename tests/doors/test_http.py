@@ -217,6 +217,7 @@ def test_a_full_queue_is_429_with_retry_after(doors: Doors) -> None:
 def test_a_bug_is_500_with_the_request_id_and_no_detail(doors: Doors, stream: bool) -> None:
     response = post(doors, prompt=[Mode.BUG], max_tokens=3, request_id="req-7", stream=stream)
     assert response.status_code == 500
+    assert response.headers["x-should-retry"] == "false"
     assert "req-7" in response.json()["error"]["message"]
     assert "secret" not in response.text
     assert "Traceback" not in response.text
@@ -231,6 +232,7 @@ def test_an_error_in_mid_stream_is_an_event_and_the_stream_still_ends(doors: Doo
 def test_timeout_s_ends_in_504_and_frees_the_session(doors: Doors) -> None:
     response = post(doors, prompt=[Mode.STUCK], max_tokens=3, timeout_s=0.3)
     assert response.status_code == 504
+    assert response.headers["x-should-retry"] == "false"
     assert "0.3 s" in response.json()["error"]["message"]
     assert eventually(lambda: doors.running() == 0)
 
