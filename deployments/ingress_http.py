@@ -188,7 +188,8 @@ class EventStream(StreamingResponse):
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncIterator[str], items: AsyncGenerator[StreamItem, None]) -> None:
-        super().__init__(events, headers={"Cache-Control": "no-cache"})
+        # nginx would gather events into blocks
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._items = items
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -25,6 +25,7 @@ def events(doors: Doors, path: str = "completions", **body: Any) -> list[dict[st
     with doors.http.stream("POST", f"/v1/{path}", json={"stream": True, **body}) as response:
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/event-stream")
+        assert response.headers["x-accel-buffering"] == "no"
         lines = [line for line in response.iter_lines() if line]
     assert all(line.startswith("data: ") for line in lines)
     assert lines[-1] == "data: [DONE]"
