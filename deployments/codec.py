@@ -11,7 +11,7 @@ import hashlib
 import secrets
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import grpc
@@ -26,12 +26,13 @@ from cluster.core.errors import (
     Overloaded,
     PacelineError,
 )
-from cluster.core.types import GenerateRequest, ModelInfo, SamplingParams, Speculation
+from cluster.core.types import MAX_SEED, GenerateRequest, ModelInfo, SamplingParams, Speculation
 
 MAX_REQUEST_BYTES = 4 * 2**20
 MAX_REQUEST_ID = 128
 MAX_CACHE_SALT = 512
 MAX_MESSAGE = 1000
+MIN_SEED = -(2**63)
 DRAWN_SEEDS = 2**53  # clients get them back in JSON, whose numbers many read as doubles
 ROLES = ("system", "user", "assistant")
 MAX_TEMPLATE_KWARGS = 16
@@ -278,9 +279,17 @@ def _room(asked: ClientRequest, prompt_len: int, info: ModelInfo) -> int:
 
 
 def _params(asked: ClientRequest, prompt_len: int, room: int, info: ModelInfo) -> SamplingParams:
-    """Sampling parameters with seed and max_tokens resolved, checked against the model's context and vocabulary."""
+    """Sampling parameters with seed and max_tokens resolved, checked against the model's context and vocabulary.
+
+    OpenAI's seeds are signed: a negative one is taken modulo 2**64. Its ``top_p`` may be 0: our ``top_k`` 1.
+    """
     values = {"max_tokens": room, **asked.params}
     values.setdefault("seed", secrets.randbelow(DRAWN_SEEDS))
+    if MIN_SEED <= values["seed"] < 0:
+        values["seed"] += MAX_SEED + 1
+    best_only = values.get("top_p") == 0.0
+    if best_only:
+        del values["top_p"]
     try:
         params = SamplingParams(**values)
     except InvalidArgument as error:
@@ -291,6 +300,8 @@ def _params(asked: ClientRequest, prompt_len: int, room: int, info: ModelInfo) -
             f"{params.max_tokens} is more than the {room} tokens that a prompt of {prompt_len} leaves"
             f" of the context's {info.max_model_len}",
         )
+    if best_only:
+        params = replace(params, top_k=1)
     _check_ids("stop_token_ids", params.stop_token_ids, info.vocab_size)
     _check_ids("logit_bias", (token for token, _ in params.logit_bias), info.vocab_size)
     return params

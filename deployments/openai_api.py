@@ -177,10 +177,10 @@ class GenerationBody(_Body):
     max_tokens: int | None = None
     min_tokens: int | None = None
     temperature: float | None = None
-    top_p: float | None = None
+    top_p: float | None = None  # 0: the best token only
     top_k: int | None = None
     min_p: float | None = None
-    seed: int | None = None
+    seed: int | None = None  # a negative one is taken modulo 2**64, as which it comes back
     stop: Annotated[tuple[str, ...] | None, _nullable(_stop)] = None
     stop_token_ids: Ids = None
     ignore_eos: bool | None = None

@@ -35,7 +35,7 @@ class Bad:
 BOTH = [
     Bad("temperature", -0.1),
     Bad("temperature", 101.0),
-    Bad("top_p", 0.0),
+    Bad("top_p", -0.1),
     Bad("top_p", 1.5),
     Bad("top_k", -2),
     Bad("min_p", 1.01),
@@ -66,7 +66,7 @@ HTTP_ONLY = [
     Bad("temperature", "hot"),
     Bad("max_tokens", 1.5),
     Bad("max_tokens", "5"),
-    Bad("seed", -1),
+    Bad("seed", -(2**63) - 1),
     Bad("seed", 2**64),
     Bad("stream", "yes"),
     Bad("stop", [1]),

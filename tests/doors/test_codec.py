@@ -44,6 +44,22 @@ def test_a_drawn_seed_survives_clients_whose_numbers_are_doubles() -> None:
     assert all(int(float(seed)) == seed for seed in seeds)
 
 
+def test_top_p_0_leaves_the_best_token() -> None:
+    best, one = (encode(token_ids=(1,), params={"seed": 5, **cut}).params for cut in ({"top_p": 0}, {"top_k": 1}))
+    assert best == one
+    assert encode(token_ids=(1,), params={"seed": 5, "top_p": 0.0, "top_k": 40}).params == one
+    with pytest.raises(InvalidArgument, match="top_k"):
+        encode(token_ids=(1,), params={"top_p": 0.0, "top_k": -2})
+
+
+def test_a_negative_seed_is_taken_modulo_2_to_the_64() -> None:
+    for seed, taken in ((-1, 2**64 - 1), (-(2**63), 2**63), (0, 0), (2**64 - 1, 2**64 - 1)):
+        assert encode(token_ids=(1,), params={"seed": seed}).params.seed == taken
+    for seed in (-(2**63) - 1, 2**64):
+        with pytest.raises(InvalidArgument, match="seed"):
+            encode(token_ids=(1,), params={"seed": seed})
+
+
 def test_what_a_client_wrote_comes_back_shortened() -> None:
     with pytest.raises(NotFound) as caught:
         encode(token_ids=(1,), model="x" * 100_000)
