@@ -25,6 +25,7 @@ from cluster.core.errors import (
     NotFound,
     Overloaded,
     PacelineError,
+    TooLarge,
 )
 from cluster.core.types import MAX_SEED, GenerateRequest, ModelInfo, SamplingParams, Speculation
 
@@ -34,7 +35,8 @@ MAX_CACHE_SALT = 512
 MAX_MESSAGE = 1000
 MIN_SEED = -(2**63)
 DRAWN_SEEDS = 2**53  # clients get them back in JSON, whose numbers many read as doubles
-ROLES = ("system", "user", "assistant")
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""The roles clients may name, with what chat templates call them: "developer" is OpenAI's newer name of "system"."""
 MAX_TEMPLATE_KWARGS = 16
 MAX_TEMPLATE_CHARS = 1024
 RESERVED_TEMPLATE_KWARGS = frozenset(
@@ -78,6 +80,7 @@ STATUSES: Mapping[type[PacelineError], Status] = {
     InvalidArgument: Status(400, grpc.StatusCode.INVALID_ARGUMENT, "invalid_request_error"),
     NotFound: Status(404, grpc.StatusCode.NOT_FOUND, "not_found_error"),
     AlreadyExists: Status(409, grpc.StatusCode.ALREADY_EXISTS, "conflict_error"),
+    TooLarge: Status(413, grpc.StatusCode.INVALID_ARGUMENT, "invalid_request_error"),
     Overloaded: Status(429, grpc.StatusCode.RESOURCE_EXHAUSTED, "rate_limit_error"),
     Aborted: Status(499, grpc.StatusCode.CANCELLED, "request_aborted"),
     EngineUnavailable: Status(503, grpc.StatusCode.UNAVAILABLE, "service_unavailable_error"),
@@ -204,7 +207,7 @@ class Codec:
         for index, (role, _) in enumerate(messages):
             if role not in ROLES:
                 raise InvalidArgument(f"messages.{index}.role", f"{role!r} is not one of {', '.join(ROLES)}")
-        chat = [{"role": role, "content": content} for role, content in messages]
+        chat = [{"role": ROLES[role], "content": content} for role, content in messages]
         try:
             return self._tokenizer.apply_chat_template(
                 chat, tokenize=False, add_generation_prompt=True, **template_kwargs

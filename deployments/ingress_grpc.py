@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 from ray.serve.grpc_util import RayServegRPCContext
 
-from cluster.core.errors import InvalidArgument, NotFound, PacelineError
+from cluster.core.errors import InvalidArgument, NotFound, PacelineError, TooLarge
 from cluster.core.types import (
     EngineStats,
     FinishReason,
@@ -146,10 +146,10 @@ def _raise_status(context: RayServegRPCContext, error: Exception, request_id: st
 
 
 def client_request(request: pb.GenerateRequest, metadata: Sequence[tuple[str, str]] = ()) -> ClientRequest:
-    """``metadata``: the call's. Raises ``InvalidArgument`` where the message as a whole cannot be a request."""
+    """``metadata``: the call's. Raises ``InvalidArgument`` or ``TooLarge`` where the whole cannot be a request."""
     size = request.ByteSize()
     if size > MAX_REQUEST_BYTES:
-        raise InvalidArgument("request", f"{size} bytes, at most {MAX_REQUEST_BYTES}")
+        raise TooLarge(f"request: {size} bytes, at most {MAX_REQUEST_BYTES}")
     headers = dict(metadata)
     kind = request.WhichOneof("input")
     if kind is None:

@@ -25,6 +25,7 @@ from cluster.core.errors import (
     InvalidArgument,
     NotFound,
     Overloaded,
+    TooLarge,
 )
 from cluster.core.types import GenerateRequest, StreamItem
 from deployments.codec import INTERNAL, MAX_REQUEST_BYTES, public_message, status_of
@@ -111,13 +112,13 @@ async def answer(service: Service, request: Request, kind: type[CompletionBody] 
 
 
 async def read_body(request: Request) -> bytes:
-    """Raises ``InvalidArgument`` where more than ``MAX_REQUEST_BYTES`` arrive, ``Aborted`` where no more will."""
+    """Raises ``TooLarge`` where more than ``MAX_REQUEST_BYTES`` arrive, ``Aborted`` where no more will."""
     body = bytearray()
     try:
         async for chunk in request.stream():
             body += chunk
             if len(body) > MAX_REQUEST_BYTES:
-                raise InvalidArgument("body", f"more than {MAX_REQUEST_BYTES} bytes")
+                raise TooLarge(f"body: more than {MAX_REQUEST_BYTES} bytes")
     except ClientDisconnect:
         raise Aborted("the client left before its request was whole") from None
     return bytes(body)

@@ -266,8 +266,7 @@ class ChatBody(GenerationBody):
     chat_template_kwargs: dict[str, Any] | None = None
 
     def client_request(self) -> ClientRequest:
-        # "developer" is OpenAI's newer name of "system"; chat templates know the old one.
-        messages = tuple(("system" if m.role == "developer" else m.role, m.content) for m in self.messages)
+        messages = tuple((m.role, m.content) for m in self.messages)
         chat: dict[str, Any] = {"messages": messages, "chat_template_kwargs": self.chat_template_kwargs or {}}
         if self.max_completion_tokens is None:
             return self.asked(**chat)

@@ -25,6 +25,10 @@ class InvalidArgument(PacelineError):
         return (InvalidArgument, (self.field, self.message))
 
 
+class TooLarge(PacelineError):
+    """A request's body is too large. HTTP 413, gRPC INVALID_ARGUMENT."""
+
+
 class NotFound(PacelineError):
     """The named model or request does not exist. HTTP 404, gRPC NOT_FOUND."""
 

@@ -15,7 +15,9 @@ from cluster.core.errors import EngineUnavailable, InvalidArgument, NotFound
 from cluster.core.types import ModelInfo
 from cluster.tree_engine import check_request
 from deployments.codec import MAX_MESSAGE, RESERVED_TEMPLATE_KWARGS, ClientRequest, Codec, public_message
+from deployments.ingress_grpc import client_request
 from deployments.openai_api import ChatBody, parse_body
+from protos import generation_pb2 as pb
 
 INFO = ModelInfo("model", "Llama", 10, 32, "float32", "torch", True, (), "hash")
 
@@ -76,6 +78,18 @@ def chat(**fields: Any) -> Any:
     body = json.dumps({"messages": [{"role": "user", "content": "hi"}], **fields}).encode()
     asked = parse_body(ChatBody, body).client_request()
     return tokenizer.decode(asyncio.run(Codec(tokenizer, 60.0).encode(asked, CHAT_INFO)).prompt_token_ids)
+
+
+def test_a_developer_is_what_templates_call_system() -> None:
+    """Over either door: both hand over roles as the client wrote them."""
+    tokenizer, codec = byte_tokenizer(), Codec(byte_tokenizer(), 60.0)
+    for role in ("system", "developer"):
+        grpc_asked = client_request(
+            pb.GenerateRequest(messages=pb.ChatMessages(messages=[pb.ChatMessage(role=role, content="x")]))
+        )
+        prompt = asyncio.run(codec.encode(grpc_asked, CHAT_INFO)).prompt_token_ids
+        assert tokenizer.decode(prompt) == chat(messages=[{"role": role, "content": "x"}])
+        assert "system" in tokenizer.decode(prompt)
 
 
 def test_a_templates_own_switch_is_reached_by_chat_template_kwargs() -> None:
