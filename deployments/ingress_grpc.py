@@ -14,6 +14,7 @@ from dataclasses import asdict
 from typing import Any, NoReturn
 
 from google.protobuf.message import Message
+from google.protobuf.struct_pb2 import Struct
 from grpc_health.v1 import health_pb2
 from ray.serve.grpc_util import RayServegRPCContext
 
@@ -171,9 +172,17 @@ def client_request(request: pb.GenerateRequest, metadata: Sequence[tuple[str, st
         model=request.model,
         priority=request.priority,
         cache_salt=request.cache_salt,
+        chat_template_kwargs=_template_kwargs(request.messages.chat_template_kwargs),
         authorization=headers.get("authorization", ""),
         trace_parent=headers.get("traceparent", ""),
     )
+
+
+def _template_kwargs(struct: Struct) -> dict[str, Any]:
+    """As JSON has them: a Struct knows no integers, but a template would write 7.0 where 7 is meant."""
+    return {
+        name: int(value) if isinstance(value, float) and value.is_integer() else value for name, value in struct.items()
+    }
 
 
 def _optional(message: Message, name: str, default: Any) -> Any:

@@ -98,6 +98,19 @@ def test_a_templates_own_switch_is_reached_by_chat_template_kwargs() -> None:
         assert chat(chat_template_kwargs=thinking) == chat()
 
 
+def test_grpc_has_chat_template_kwargs_beside_the_messages() -> None:
+    messages = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="hi")])
+    assert client_request(pb.GenerateRequest(messages=messages)).chat_template_kwargs == {}
+    kwargs = {"enable_thinking": False, "budget": 7, "share": 0.5, "style": "brief"}
+    messages.chat_template_kwargs.update(kwargs)
+    asked = client_request(pb.GenerateRequest(messages=messages))
+    assert asked.chat_template_kwargs == kwargs
+    assert str(asked.chat_template_kwargs["budget"]) == "7"
+    tokenizer = byte_tokenizer()
+    prompt = asyncio.run(Codec(tokenizer, 60.0).encode(asked, CHAT_INFO)).prompt_token_ids
+    assert tokenizer.decode(prompt) == chat(chat_template_kwargs={"enable_thinking": False})
+
+
 @pytest.mark.parametrize(
     ("kwargs", "field"),
     [
