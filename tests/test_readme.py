@@ -23,6 +23,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cluster.core.config import DraftersConfig, EngineConfig, ModelConfig, ServiceConfig, StageConfig
+from cluster.core.errors import InvalidArgument
 from cluster.core.types import FinishReason, GenerateRequest, Origin, SamplingParams, SpeculationStats
 from deployments.ingress_grpc import client_request
 from deployments.ingress_http import Envelope
@@ -113,6 +114,26 @@ def test_the_doors_would_take_the_bodies_that_curl_sends() -> None:
             parse_body(ChatBody, body.encode()).client_request()
         else:
             parse_body(CompletionBody, body.encode()).client_request()
+
+
+def test_vllms_fields_are_served_or_refused_as_it_says() -> None:
+    named = PROSE.split("Through `extra_body` go")[1].split("and the rest")[0]
+    served, refused = (re.findall(r"`(\w+)`", part) for part in named.split("refused by name"))
+    assert len(served) > 10
+    assert len(refused) > 10
+    assert set(served) <= set(ChatBody.model_fields)
+    for name in refused:
+        with pytest.raises(InvalidArgument, match=name):
+            parse_body(ChatBody, json.dumps({"messages": [], name: 2}).encode())
+
+
+def test_the_context_lengths_to_raise_are_the_default_configurations() -> None:
+    section = PROSE.split("### Another model\n")[1].split("\n#")[0]
+    config = yaml.safe_load((ROOT / "deployments/configs/cpu.yaml").read_text())
+    service, drafters = (application["args"] for application in config["applications"])
+    assert service["engine"]["max_model_len"] == drafters["max_model_len"] == 2048
+    for words in ("2,048 tokens", "`engine.max_model_len`", "drafters' `max_model_len`"):
+        assert words in section
 
 
 def test_the_openai_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
