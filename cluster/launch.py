@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.core.config import DraftersConfig, ServiceConfig, StageConfig
 from cluster.core.errors import EngineFailed
+from cluster.core.logs import show_logs_in_actor
 from cluster.core.types import tokenizer_hash
 from cluster.leases import RayDraftTransport
 from cluster.placement import rank_resources
@@ -49,6 +50,7 @@ class DraftActor:
     def __init__(self, stage: StageConfig, config: DraftersConfig) -> None:
         from cluster.engine.weights import load_tokenizer, read_config, resolve_model
 
+        show_logs_in_actor()
         folder = resolve_model(config.target_model.source, log.info, weights=stage.drafter != "sssd")
         facts = TargetFacts(read_config(folder).vocab_size, config.max_model_len, folder, config.target_model.dtype)
         self._worker = DraftWorker(stage.name, create(stage, target=facts), stage.lease_ttl_s)
@@ -146,6 +148,7 @@ class RankActor:
         from cluster.engine.tensor_parallel import follow
         from cluster.engine.weights import resolve_model
 
+        show_logs_in_actor()
         follow(replace(plan, folder=resolve_model(source, log.info)))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from ray.exceptions import ActorDiedError, RayActorError
 
 from cluster.core.config import DraftersConfig, StageConfig
+from cluster.core.logs import show_logs_in_replica
 from cluster.launch import start_draft_worker
 from cluster.rounds.messages import Lease, WorkerLoad
 from deployments.autoscaling import BUSY, OVERTAKEN
@@ -25,6 +26,7 @@ class Draft:
     """Leases. The number of open leases is the number of sessions, which is what Serve balances and scales by."""
 
     def __init__(self, stage: StageConfig, config: DraftersConfig) -> None:
+        show_logs_in_replica()
         self._stage = stage
         self._worker, self._facts = start_draft_worker(stage, config)
         self._reported, self._reported_s = WorkerLoad(0.0, 0, 0), time.monotonic()

@@ -6,6 +6,7 @@ from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
 from cluster.core.config import ServiceConfig
+from cluster.core.logs import show_logs_in_replica
 from cluster.core.types import served_as, tokenizer_hash
 from cluster.engine.weights import load_tokenizer, resolve_model
 from deployments.codec import Codec
@@ -19,6 +20,7 @@ class Ingress(GrpcDoor):
     """Serve finds the gRPC methods on the class, and asks it for the HTTP application."""
 
     def __init__(self, config: ServiceConfig, target: DeploymentHandle) -> None:
+        show_logs_in_replica()
         tokenizer = load_tokenizer(resolve_model(config.model.source, weights=False))
         served = served_as(config.model.name, tokenizer_hash(tokenizer.get_vocab()))
         self.service = Service(config, Codec(tokenizer, config.request_timeout_s), Targets(target, served))

@@ -11,6 +11,7 @@ from ray import serve
 
 from cluster.core.config import ServiceConfig
 from cluster.core.errors import ConfigError, EngineUnavailable
+from cluster.core.logs import show_logs_in_replica
 from cluster.core.types import Engine, GenerateRequest, Load, ModelInfo, StreamItem
 
 
@@ -30,6 +31,7 @@ class Target:
     """
 
     def __init__(self, config: ServiceConfig, engine_factory: str) -> None:
+        show_logs_in_replica()
         self._engine = import_factory(engine_factory)(config)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[StreamItem, None]:

@@ -37,6 +37,7 @@ PROMPT = "Write a short poem about the sea. Then write the same poem again, word
 DOORS = ("http_options", "grpc_options")
 STATE = Path(".run/state.json")
 LOG = Path(".run/ray.log")
+SERVE_LOGS = "/tmp/ray/session_latest/logs/serve/"  # of the Ray that was started last on this machine
 START_TIMEOUT_S = 120.0
 DEPLOY_TIMEOUT_S = 600.0
 RAY_ENV = {
@@ -85,7 +86,7 @@ def main() -> int:
         http = config["http_options"]
         print(f"\nThe service is up: http://{http['host']}:{http['port']}/v1 (OpenAI-style) and", end=" ")
         print(
-            f"127.0.0.1:{config['grpc_options']['port']} (gRPC). `make stop` takes it down; logs are in {LOG.parent}/."
+            f"127.0.0.1:{config['grpc_options']['port']} (gRPC). `make stop` takes it down; logs are in {SERVE_LOGS}."
         )
     except (PacelineError, SetupError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -129,7 +130,7 @@ def wake_stages(address: str) -> list[str]:
         ask.speculation.stages.extend(stages)
         while any(answers()[stage] == before[stage] for stage in stages):
             if time.monotonic() > deadline:
-                raise SetupError(f"{stages} do not answer after {START_TIMEOUT_S:.0f} s; logs are in {LOG.parent}/")
+                raise SetupError(f"{stages} do not answer after {START_TIMEOUT_S:.0f} s; logs are in {SERVE_LOGS}")
             stub.Generate(ask, timeout=60.0)
         return stages
 
@@ -247,7 +248,7 @@ def wait_until_serving(address: str) -> None:
                 if answer.status == health_pb2.HealthCheckResponse.SERVING:
                     return
             time.sleep(0.5)
-    raise SetupError(f"{address} does not call itself healthy after {START_TIMEOUT_S:.0f} s; logs are in {LOG.parent}/")
+    raise SetupError(f"{address} does not call itself healthy after {START_TIMEOUT_S:.0f} s; logs are in {SERVE_LOGS}")
 
 
 def stop() -> int:
