@@ -51,6 +51,8 @@ RAY_ENV = {
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "3",
     # Every streamed item and every draft is a call; Ray's record of calls would grow by tens of MB per 1,000 requests.
     "RAY_task_events_report_interval_ms": "0",
+    # A message to the gRPC door is read whole before anybody looks at it; Serve would take 2 GiB.
+    "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(8 * 2**20),
     # Replace a dead proxy or replica in seconds rather than tens of seconds.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     # Let the autoscaler see load changes quickly.

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from cluster.core.config import DraftersConfig, ServiceConfig, parse_config
+from deployments.codec import MAX_REQUEST_BYTES
 from deployments.up import RAY_ENV
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,6 +63,25 @@ def test_nodes_start_ray_with_the_projects_environment(name: str, kind: str) -> 
     (start,) = [command for command in launcher(name)[f"{kind}_start_ray_commands"] if "ray start" in command]
     expected = CLUSTER_ENV | (PERSISTENT_GCS if kind == "head" else {})
     assert dict(re.findall(r"(RAY_\w+)=(\S+)", start.split("ray start")[0])) == expected
+
+
+def test_the_unit_starts_ray_with_the_projects_environment() -> None:
+    unit = (ROOT / "deployments" / "systemd" / "paceline-head.service").read_text()
+    given = dict(re.findall(r"^Environment=(RAY_\w+)=(\S+)$", unit, re.MULTILINE))
+    assert given == CLUSTER_ENV | PERSISTENT_GCS | {"RAY_gcs_storage_path": "/var/lib/paceline/gcs"}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/gpus.md"])
+def test_pages_that_start_ray_by_hand_give_it_what_is_not_only_for_speed(page: str) -> None:
+    lines = re.findall(r"^export (RAY_.*?)(?: +#.*)?$", (ROOT / page).read_text(), re.MULTILINE)
+    given = dict(setting.split("=") for line in lines for setting in line.split())
+    assert given.items() <= CLUSTER_ENV.items()
+    assert {"RAY_AUTH_MODE", "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"} <= given.keys()
+
+
+def test_the_grpc_door_takes_more_than_a_request_may_have_and_not_rays_two_gib() -> None:
+    """So that the door itself refuses a request that is somewhat too large, and says so."""
+    assert MAX_REQUEST_BYTES < int(RAY_ENV["RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"]) <= 2 * MAX_REQUEST_BYTES
 
 
 @pytest.mark.parametrize("name", FILES)
