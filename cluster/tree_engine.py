@@ -156,6 +156,7 @@ class TreeEngine:
             stats=self._scheduler.meter.snapshot(),
             governor=self._scheduler.report(),
             stages=pipeline.stats() if pipeline else {},
+            max_waiting=self._scheduler.max_waiting,
         )
 
     def health(self) -> Health:

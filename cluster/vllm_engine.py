@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,9 @@ class VllmEngine:
         args = engine_args(config, folder)
         self._speculates = args.get("speculative_config") is not None
         self._stages = stages if self._speculates else ()
-        self._max_waiting = config.engine.kv_slots + config.engine.max_waiting
+        self._max_waiting = config.engine.max_waiting
+        self._max_calls = config.engine.kv_slots + config.engine.max_waiting
+        self._refused = 0
         self._tokenizer = load_tokenizer(folder)
         self._calls: dict[str, _Call] = {}
         self._counters = StatLogger()
@@ -159,7 +161,8 @@ class VllmEngine:
             drafts_cached=counts.get("cached", 0),
             drafts_missing=counts.get("missing", 0),
             kv_usage=self._counters.kv_usage,
-            stats=self._counters.snapshot(guesser),
+            stats=replace(self._counters.snapshot(guesser), refused=self._refused),
+            max_waiting=self._max_waiting,
         )
 
     def health(self) -> Health:
@@ -196,8 +199,9 @@ class VllmEngine:
             if not request.replaces(running.request):
                 raise AlreadyExists(f"request_id: {request.request_id!r} is running already")
             self.abort(request.request_id)  # its door lost it
-        if not request.admitted and len(self._calls) >= self._max_waiting:
-            raise Overloaded(f"{len(self._calls)} requests run or wait; allowed: {self._max_waiting}")
+        if not request.admitted and len(self._calls) >= self._max_calls:
+            self._refused += 1
+            raise Overloaded(f"{len(self._calls)} requests run or wait; allowed: {self._max_calls}")
 
     async def _attach(self) -> None:
         """Once: let the proposer see what requests wish."""

@@ -285,6 +285,7 @@ def load_message(replica: str, load: Load) -> pb.ReplicaLoad:
         drafts_missing=load.drafts_missing,
         last_choice=load.last_choice,
         kv_usage=load.kv_usage,
+        max_waiting=load.max_waiting,
         stats=engine_stats_message(load.stats),
         governor=pb.GovernorReport(**asdict(load.governor)),
         stages={name: pb.StageStats(**asdict(stats)) for name, stats in load.stages.items()},

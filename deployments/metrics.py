@@ -26,6 +26,7 @@ def _by_stage(read: Callable[[StageStats], float]) -> Callable[[Load], Mapping[A
 GAUGES: Sequence[tuple[str, str, Callable[[Load], float]]] = (
     ("vllm:num_requests_running", "Requests that hold a KV slot.", lambda load: load.running),
     ("vllm:num_requests_waiting", "Requests that wait for a KV slot.", lambda load: load.waiting),
+    ("paceline:max_waiting", "Requests that may wait for a KV slot.", lambda load: load.max_waiting),
     ("vllm:kv_cache_usage_perc", "KV positions held by running requests; 1 is all.", lambda load: load.kv_usage),
     ("paceline:kv_slots_used", "KV slots held by running requests.", lambda load: load.kv_slots_used),
     ("paceline:kv_slots", "KV slots.", lambda load: load.kv_slots_total),
@@ -51,6 +52,7 @@ COUNTERS: Sequence[tuple[str, str, Callable[[Load], float]]] = (
     ("vllm:prefix_cache_queries", "Prompt tokens looked up.", lambda load: load.stats.prefix_queries),
     ("vllm:prefix_cache_hits", "Prompt tokens found computed.", lambda load: load.stats.prefix_hits),
     ("vllm:num_preemptions", "Requests that had to give up their slot.", lambda load: load.stats.preemptions),
+    ("paceline:requests_refused", "Requests the queue had no room for.", lambda load: load.stats.refused),
     ("vllm:spec_decode_num_drafts", "Token trees verified.", lambda load: load.stats.drafts),
     ("vllm:spec_decode_num_draft_tokens", "Nodes verified.", lambda load: sum(load.stats.drafted.values())),
     ("vllm:spec_decode_num_accepted_tokens", "Nodes accepted.", lambda load: sum(load.stats.accepted.values())),

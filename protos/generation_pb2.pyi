@@ -248,7 +248,7 @@ class GetLoadResponse(_message.Message):
     def __init__(self, replicas: _Optional[_Iterable[_Union[ReplicaLoad, _Mapping]]] = ...) -> None: ...
 
 class ReplicaLoad(_message.Message):
-    __slots__ = ("replica", "running", "waiting", "kv_slots_used", "kv_slots_total", "drafter_sessions", "worker_pids", "deadline_misses", "last_choice", "kv_usage", "stats", "governor", "drafts_wanted", "drafts_cached", "drafts_missing", "stages")
+    __slots__ = ("replica", "running", "waiting", "kv_slots_used", "kv_slots_total", "drafter_sessions", "worker_pids", "deadline_misses", "last_choice", "kv_usage", "stats", "governor", "drafts_wanted", "drafts_cached", "drafts_missing", "stages", "max_waiting")
     class DrafterSessionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -293,6 +293,7 @@ class ReplicaLoad(_message.Message):
     DRAFTS_CACHED_FIELD_NUMBER: _ClassVar[int]
     DRAFTS_MISSING_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
+    MAX_WAITING_FIELD_NUMBER: _ClassVar[int]
     replica: str
     running: int
     waiting: int
@@ -309,10 +310,11 @@ class ReplicaLoad(_message.Message):
     drafts_cached: int
     drafts_missing: int
     stages: _containers.MessageMap[str, StageStats]
-    def __init__(self, replica: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_slots_used: _Optional[int] = ..., kv_slots_total: _Optional[int] = ..., drafter_sessions: _Optional[_Mapping[str, int]] = ..., worker_pids: _Optional[_Mapping[str, int]] = ..., deadline_misses: _Optional[_Mapping[str, int]] = ..., last_choice: _Optional[str] = ..., kv_usage: _Optional[float] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., governor: _Optional[_Union[GovernorReport, _Mapping]] = ..., drafts_wanted: _Optional[int] = ..., drafts_cached: _Optional[int] = ..., drafts_missing: _Optional[int] = ..., stages: _Optional[_Mapping[str, StageStats]] = ...) -> None: ...
+    max_waiting: int
+    def __init__(self, replica: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_slots_used: _Optional[int] = ..., kv_slots_total: _Optional[int] = ..., drafter_sessions: _Optional[_Mapping[str, int]] = ..., worker_pids: _Optional[_Mapping[str, int]] = ..., deadline_misses: _Optional[_Mapping[str, int]] = ..., last_choice: _Optional[str] = ..., kv_usage: _Optional[float] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., governor: _Optional[_Union[GovernorReport, _Mapping]] = ..., drafts_wanted: _Optional[int] = ..., drafts_cached: _Optional[int] = ..., drafts_missing: _Optional[int] = ..., stages: _Optional[_Mapping[str, StageStats]] = ..., max_waiting: _Optional[int] = ...) -> None: ...
 
 class EngineStats(_message.Message):
-    __slots__ = ("prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions", "drafts", "drafted", "accepted", "finished", "accepted_per_pos")
+    __slots__ = ("prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions", "drafts", "drafted", "accepted", "finished", "accepted_per_pos", "refused")
     class DraftedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -344,6 +346,7 @@ class EngineStats(_message.Message):
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_PER_POS_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     generation_tokens: int
     prefix_queries: int
@@ -354,7 +357,8 @@ class EngineStats(_message.Message):
     accepted: _containers.ScalarMap[str, int]
     finished: _containers.ScalarMap[str, int]
     accepted_per_pos: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., preemptions: _Optional[int] = ..., drafts: _Optional[int] = ..., drafted: _Optional[_Mapping[str, int]] = ..., accepted: _Optional[_Mapping[str, int]] = ..., finished: _Optional[_Mapping[str, int]] = ..., accepted_per_pos: _Optional[_Iterable[int]] = ...) -> None: ...
+    refused: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., preemptions: _Optional[int] = ..., drafts: _Optional[int] = ..., drafted: _Optional[_Mapping[str, int]] = ..., accepted: _Optional[_Mapping[str, int]] = ..., finished: _Optional[_Mapping[str, int]] = ..., accepted_per_pos: _Optional[_Iterable[int]] = ..., refused: _Optional[int] = ...) -> None: ...
 
 class StageStats(_message.Message):
     __slots__ = ("breakers_open", "breaker_openings", "answers", "busy_s", "late_trees", "refused_trees", "wasted_nodes", "draft_age")

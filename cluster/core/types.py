@@ -276,7 +276,8 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Totals since start. ``prefix_*`` count prompt tokens looked up and found; ``drafts`` trees verified.
+    """Totals since start. ``prefix_*`` count prompt tokens looked up and found; ``drafts`` trees verified;
+    ``refused`` requests for which the queue had no room.
 
     ``drafted`` and ``accepted`` count their nodes, by stage; ``accepted_per_pos[i]`` the trees of which more than ``i``
     nodes were accepted. Histograms are in seconds.
@@ -296,6 +297,7 @@ class EngineStats:
     request_latency: Histogram = Histogram()
     queue_time: Histogram = Histogram()
     accepted_per_pos: tuple[int, ...] = ()
+    refused: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +343,8 @@ class GovernorReport:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A replica's load at one moment; ``kv_slots_*`` count sessions' KV slots, ``kv_usage`` is a share of positions.
+    """A replica's load at one moment; ``kv_slots_*`` count sessions' KV slots, ``kv_usage`` is a share of positions,
+    ``max_waiting`` how many may wait.
 
     Since start: ``drafts_wanted``, sessions' rounds that wanted a tree of the remote stages; ``drafts_cached``, those
     that found it in the outcome cache; ``drafts_missing``, those for which none came in time. ``stages``: remote ones.
@@ -362,6 +365,7 @@ class Load:
     stats: EngineStats = EngineStats()
     governor: GovernorReport = GovernorReport()
     stages: dict[str, StageStats] = field(default_factory=dict)
+    max_waiting: int = 0
 
 
 @dataclass(frozen=True, slots=True)

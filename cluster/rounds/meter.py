@@ -22,7 +22,7 @@ class Meter:
     def __init__(self) -> None:
         self._prompt_tokens = self._generation_tokens = 0
         self._prefix_queries = self._prefix_hits = 0
-        self._drafts = self._preemptions = 0
+        self._drafts = self._preemptions = self._refused = 0
         self._drafted = [0] * len(Origin)
         self._accepted = [0] * len(Origin)
         self._paths = [0] * (MAX_NODES + 1)  # trees by number of accepted nodes
@@ -38,6 +38,9 @@ class Meter:
             self._prefix_queries += session.prompt_len
             self._prefix_hits += session.cached_tokens
             self._queue.observe(now - session.arrived_s)
+
+    def refused(self) -> None:
+        self._refused += 1
 
     def preempted(self) -> None:
         self._preemptions += 1
@@ -80,6 +83,7 @@ class Meter:
             request_latency=self._request.snapshot(),
             queue_time=self._queue.snapshot(),
             accepted_per_pos=_per_position(self._paths),
+            refused=self._refused,
         )
 
 

@@ -103,6 +103,7 @@ class Scheduler:
             return Outcome(session, session.closing_item())
         waiting = self._waiting.num_new
         if not session.request.admitted and waiting >= self._config.max_waiting + self._kv.num_free:
+            self.meter.refused()
             raise Overloaded(f"{waiting} requests wait already, at most {self._config.max_waiting}")
         self._waiting.add(session)
         if self._tracer is not None:
@@ -145,6 +146,10 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def max_waiting(self) -> int:
+        return self._config.max_waiting
 
     @property
     def unread(self) -> int:

@@ -106,6 +106,8 @@ QUIET = {
     f"paceline:targets{{{MODEL}}}": "1x60",
     'up{job="paceline"}': "1x60",
     f"vllm:num_requests_waiting{{{ENGINE}}}": "3x60",
+    f"paceline:max_waiting{{{ENGINE}}}": "128x60",
+    f"paceline:requests_refused_total{{{ENGINE}}}": "5x60",
     f"vllm:spec_decode_num_drafts_total{{{ENGINE}}}": "0+600x60",
     f"vllm:spec_decode_num_accepted_tokens_total{{{ENGINE}}}": "0+700x60",
     f'paceline:deadline_misses_total{{{ENGINE}, stage="medium"}}': "0+10x60",
@@ -117,6 +119,8 @@ QUIET = {
 TROUBLE = {
     "PacelineNoTargetServes": {f"paceline:targets{{{MODEL}}}": "0x60"},
     "PacelineQueueGrows": {f"vllm:num_requests_waiting{{{ENGINE}}}": "0+2x60"},
+    "PacelineQueueIsFull": {f"vllm:num_requests_waiting{{{ENGINE}}}": "128x60"},
+    "PacelineRequestsAreRefused": {f"paceline:requests_refused_total{{{ENGINE}}}": "5x40 6x20"},
     "PacelineGuessesAreWrong": {f"vllm:spec_decode_num_accepted_tokens_total{{{ENGINE}}}": "0+30x60"},
     "PacelineDraftersAreLate": {f'paceline:deadline_misses_total{{{ENGINE}, stage="medium"}}': "0+60x60"},
     "PacelineWorkerIsLeftOut": {f'paceline:breakers_open{{{ENGINE}, stage="medium"}}': "0x30 1x30"},

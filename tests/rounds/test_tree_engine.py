@@ -229,6 +229,8 @@ def test_more_requests_than_may_wait_are_refused_and_a_replay_is_not(start: Call
         await rig.step_until(refused.done)
         with pytest.raises(Overloaded):
             await refused
+        load = rig.engine.load()
+        assert (load.waiting, load.max_waiting, load.stats.refused) == (2, 2, 1)
         replays = [asyncio.create_task(rig.tokens(ask(f"replay{i}", admitted=True))) for i in range(3)]
         await rig.step_until(lambda: rig.scheduler.num_waiting == 5)
         order = [session.request.request_id for session in rig.scheduler._waiting]
