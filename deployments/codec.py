@@ -151,8 +151,10 @@ class ChatTokenizer(Protocol):
 class Codec:
     """Turns ``ClientRequest`` into ``GenerateRequest``: every default resolved, every limit checked."""
 
-    def __init__(self, tokenizer: ChatTokenizer, request_timeout_s: float) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, request_timeout_s: float, priorities: bool = False) -> None:
+        """``priorities``: whether clients may set one, which takes slots from requests of lower priority."""
         self._tokenizer = tokenizer
+        self._priorities = priorities
         self._request_timeout_s = request_timeout_s
 
     async def encode(self, asked: ClientRequest, info: ModelInfo) -> GenerateRequest:
@@ -163,6 +165,8 @@ class Codec:
         if not 0.0 < timeout_s <= self._request_timeout_s:
             raise InvalidArgument("timeout_s", f"{timeout_s} is outside (0, {self._request_timeout_s}]")
         check_speculation(asked.speculation, info)
+        if asked.priority and not self._priorities:
+            raise InvalidArgument("priority", f"{asked.priority}: needs engine.priorities; allowed: 0")
         if len(asked.cache_salt) > MAX_CACHE_SALT:
             raise InvalidArgument("cache_salt", f"{len(asked.cache_salt)} characters, at most {MAX_CACHE_SALT}")
         prompt = await self._tokenize(asked)

@@ -23,7 +23,8 @@ class Ingress(GrpcDoor):
         show_logs_in_replica()
         tokenizer = load_tokenizer(resolve_model(config.model.source, weights=False))
         served = served_as(config.model.name, tokenizer_hash(tokenizer.get_vocab()))
-        self.service = Service(config, Codec(tokenizer, config.request_timeout_s), Targets(target, served))
+        codec = Codec(tokenizer, config.request_timeout_s, config.engine.priorities)
+        self.service = Service(config, codec, Targets(target, served))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor (late-bound ``serve.ingress()``)."""

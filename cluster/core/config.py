@@ -56,6 +56,9 @@ class EngineConfig(_Config):
     prefill_slowdown: float = Field(
         default=2.0, ge=1.0, description="how much longer prompts may make a step of the sessions that decode"
     )
+    priorities: bool = Field(
+        default=False, description="whether clients may set a priority; else a non-zero one is refused by name"
+    )
     prefix_reuse: bool = Field(default=True, description="keep freed sessions' K/V for prompts that begin alike")
     preempt_after_s: float = Field(
         default=2.0, ge=0.0, description="how long a replay waits before a newer session's slot is taken for it"

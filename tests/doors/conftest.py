@@ -85,7 +85,7 @@ def deployed(ray_cluster, tokenizer_folder: Path) -> Iterator[Doors]:  # type: i
 
     config = ServiceConfig(
         model=ModelConfig(source=str(tokenizer_folder), name=MODEL, threads=1),
-        engine=EngineConfig(max_model_len=MAX_MODEL_LEN),
+        engine=EngineConfig(max_model_len=MAX_MODEL_LEN, priorities=True),
         request_timeout_s=60.0,
         replay_timeout_s=60.0,
         target={"health_check_period_s": 1.0, "ray_actor_options": {"num_cpus": 0.1}},

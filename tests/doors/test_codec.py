@@ -14,7 +14,7 @@ from doors.conftest import byte_tokenizer
 from cluster.core.errors import EngineUnavailable, InvalidArgument, NotFound
 from cluster.core.types import ModelInfo
 from cluster.tree_engine import check_request
-from deployments.codec import MAX_MESSAGE, RESERVED_TEMPLATE_KWARGS, ClientRequest, Codec, public_message
+from deployments.codec import MAX_MESSAGE, RESERVED_TEMPLATE_KWARGS, ClientRequest, Codec, public_message, status_of
 from deployments.ingress_grpc import client_request
 from deployments.openai_api import ChatBody, parse_body
 from protos import generation_pb2 as pb
@@ -22,9 +22,9 @@ from protos import generation_pb2 as pb
 INFO = ModelInfo("model", "Llama", 10, 32, "float32", "torch", True, (), "hash")
 
 
-def encode(**asked: Any) -> Any:
+def encode(priorities: bool = False, **asked: Any) -> Any:
     tokenizer: Any = None
-    return asyncio.run(Codec(tokenizer, 60.0).encode(ClientRequest(**asked), INFO))
+    return asyncio.run(Codec(tokenizer, 60.0, priorities).encode(ClientRequest(**asked), INFO))
 
 
 def test_a_request_is_for_the_model_it_was_encoded_for() -> None:
@@ -38,6 +38,15 @@ def test_a_request_is_for_the_model_it_was_encoded_for() -> None:
 def test_a_prompt_that_is_too_long_is_not_looked_at_token_by_token() -> None:
     with pytest.raises(InvalidArgument, match="33 tokens leave no room"):
         encode(token_ids=(99,) * 33)
+
+
+@pytest.mark.parametrize("priority", [-1, 1])
+def test_a_priority_is_taken_only_where_the_service_is_told_to(priority: int) -> None:
+    assert encode(priorities=True, token_ids=(1,), priority=priority).priority == priority
+    assert encode(token_ids=(1,), priority=0).priority == 0
+    with pytest.raises(InvalidArgument, match=f"priority: {priority}: needs engine.priorities") as caught:
+        encode(token_ids=(1,), priority=priority)
+    assert status_of(caught.value).http == 400
 
 
 def test_a_drawn_seed_survives_clients_whose_numbers_are_doubles() -> None:
