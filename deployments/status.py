@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from deployments.up import RAY_ENV, STATE, applications, describe
+from deployments.up import RAY_ENV, STATE, SetupError, applications, describe
 from protos import generation_pb2 as pb
 from protos import generation_pb2_grpc
 
@@ -52,7 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def application_lines(dashboard: str) -> Iterator[str]:
     """Serve's view: every deployment's replicas, running of wanted."""
-    found = applications(dashboard)
+    try:
+        found = applications(dashboard)
+    except SetupError as error:
+        yield f"replicas are not known: {error}"
+        return
     if found is None:
         yield f"replicas are not known: Ray's dashboard does not answer at {dashboard}"
     for name, state in (found or {}).items():

@@ -172,6 +172,10 @@ def read(path: Path) -> dict[str, Any]:
         config = yaml.safe_load(path.read_text())
         for door in DOORS:
             int(config[door]["port"])
+        if not config["http_options"].get("host"):
+            raise SetupError(
+                f"{path} needs http_options.host: without one Serve listens on every interface; try 127.0.0.1"
+            )
         [application["name"] for application in config["applications"]]
     except (OSError, yaml.YAMLError) as error:
         raise SetupError(f"{path}: {error}") from None
@@ -295,12 +299,22 @@ def _tool(name: str, *arguments: str) -> None:
 
 
 def applications(dashboard: str) -> dict[str, Any] | None:
-    """State of every Serve application by name; None while the dashboard does not answer."""
+    """State of every Serve application by name; None while the dashboard does not answer.
+
+    Raises ``SetupError`` for what is no address, and where the dashboard does not know this user's token.
+    """
+    if not dashboard.startswith(("http://", "https://")):
+        raise SetupError(f"{dashboard!r} is no dashboard's address; allowed: http://HOST:PORT or https://HOST:PORT")
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient  # reads RAY_AUTH_MODE once, when it is imported
+    from ray.exceptions import AuthenticationError
 
     try:
         # Ray's own client, since it brings the cluster's authentication token where one is required.
         details = ServeSubmissionClient(dashboard).get_serve_details()
+    except AuthenticationError:
+        raise SetupError(
+            f"Ray's dashboard at {dashboard} refuses this user's token; allowed: the cluster's, in ~/.ray/auth_token"
+        ) from None
     except (ConnectionError, RuntimeError, OSError):
         return None
     found: dict[str, Any] = details.get("applications", {})

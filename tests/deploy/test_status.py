@@ -10,6 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deployments import status
+from deployments.up import SetupError
 from protos import generation_pb2 as pb
 from protos import generation_pb2_grpc
 
@@ -118,6 +119,14 @@ def test_where_nothing_runs_it_says_so(capsys: pytest.CaptureFixture[str]) -> No
     captured = capsys.readouterr()
     assert captured.err.startswith(f"error: no service answers at {NOBODY}: UNAVAILABLE")
     assert captured.out == ""
+
+
+def test_what_the_dashboard_has_against_us_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(dashboard: str) -> None:
+        raise SetupError("it refuses this user's token")
+
+    monkeypatch.setattr(status, "applications", refuse)
+    assert list(status.application_lines("http://ray")) == ["replicas are not known: it refuses this user's token"]
 
 
 def test_before_the_first_tree_there_is_no_acceptance() -> None:
