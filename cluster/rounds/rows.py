@@ -19,7 +19,7 @@ from cluster.core.types import SamplingParams, TreeKey, digest_of
 
 MARK_TOKENS = 64  # of a text's end tell it from others of its length
 FORGET_AFTER_S = 2.0  # a row that was not seen for so long has ended, or waits preempted and is then begun anew
-LINGER_S = 60.0  # where no step has come since
+LINGER_S = 10.0  # where no step has come since: vLLM is in a long one, or has nothing to do
 GREEDY = SamplingParams(temperature=0.0)
 
 Mark = tuple[int, bytes]
