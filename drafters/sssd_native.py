@@ -6,6 +6,7 @@ import ctypes
 import functools
 import weakref
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,8 @@ class _Store(ctypes.Structure):
 
 
 class _Rules(ctypes.Structure):
+    """``Rules``, field by field."""
+
     _fields_ = (
         *((name, _INT) for name in ("query", "samples")),
         *((name, _DOUBLE) for name in ("own_weight", "store_cap", "prior", "negligible")),
@@ -77,15 +80,7 @@ class NativeIndex:
     def __init__(self, rules: Rules) -> None:
         self._library = library()
         self._query = rules.query
-        self._rules = _Rules(
-            rules.query,
-            rules.samples,
-            rules.own_weight,
-            rules.store_cap,
-            rules.prior,
-            rules.negligible,
-            rules.chain,
-        )
+        self._rules = _Rules(*astuple(rules))
         self._trie = self._library.trie_new(rules.query)
         weakref.finalize(self, self._library.trie_free, self._trie)
 

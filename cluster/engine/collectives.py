@@ -103,7 +103,7 @@ class RankGroup:
         self._lost = lost
         self._limit = timedelta(seconds=limit_s)
         self._meeting = meeting  # NCCL goes on asking its store
-        self._meet(meeting.store, lost)
+        self._meet()
         host = meeting.own_host
 
         def group(name: str, backend: Callable[..., Any], limit: timedelta) -> Any:
@@ -163,8 +163,9 @@ class RankGroup:
         flags = [torch.empty(1) for _ in range(self.shard.size)]
         _sure(lambda: self._orders.allgather([flags], [torch.zeros(1)]).wait())
 
-    def _meet(self, store: Any, lost: Callable[[], str]) -> None:
+    def _meet(self) -> None:
         """Rank 0 waits for the others to check in and lets them go on; only then does anyone connect."""
+        store = self._meeting.store
         if self.shard.rank:
             store.set(f"here/{self.shard.rank}", "")
             _sure(lambda: store.wait(["go"], timedelta(seconds=MEETING_LIMIT_S)))
@@ -172,7 +173,7 @@ class RankGroup:
         names = [f"here/{rank}" for rank in range(1, self.shard.size)]
         deadline = time.monotonic() + MEETING_LIMIT_S
         while not store.check(names):
-            if reason := lost():
+            if reason := self._lost():
                 raise RankLost(reason)
             if time.monotonic() > deadline:
                 raise RankLost(f"not all ranks were there after {MEETING_LIMIT_S:.0f} s")

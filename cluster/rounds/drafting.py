@@ -166,8 +166,10 @@ class Drafting:
         """All but those that wait for their own stages' trees."""
         if self._pipeline is None or self._governor.always:
             return list(decoding)
-        context = sum(session.base for session in decoding) / max(1, len(decoding))
-        pipeline, patience = self._pipeline, self._deadline(max(1, len(decoding)), context)
+        if not any(session.request.speculation.stages for session in decoding):
+            return list(decoding)
+        context = sum(session.base for session in decoding) / len(decoding)
+        pipeline, patience = self._pipeline, self._deadline(len(decoding), context)
         now = [s for s in decoding if not s.request.speculation.stages or not pipeline.awaits(s.id, patience)]
         return now if now or busy else list(decoding)
 
