@@ -35,8 +35,11 @@ def applications(config: Path) -> dict[str, dict[str, Any]]:
     return {application["name"]: application["args"] for application in loaded["applications"]}
 
 
-def cluster_configs() -> tuple[ServiceConfig, DraftersConfig]:
-    found = applications(ROOT / "deployments" / "configs" / "cluster.yaml")
+CLUSTERS = ["cluster.yaml", "cluster_gpu.yaml"]
+
+
+def cluster_configs(name: str = "cluster.yaml") -> tuple[ServiceConfig, DraftersConfig]:
+    found = applications(ROOT / "deployments" / "configs" / name)
     return parse_config(ServiceConfig, found["paceline"]), parse_config(DraftersConfig, found["paceline-drafters"])
 
 
@@ -94,9 +97,13 @@ def test_the_head_begins_with_an_empty_gcs_and_keeps_it_alive(name: str) -> None
     assert importlib.util.find_spec(module[1]) is not None
 
 
-@pytest.mark.parametrize(
-    "command", [c for name in FILES for key, cs in launcher(name).items() if "commands" in key for c in cs]
-)
+def commands(launch: dict[str, Any]) -> list[str]:
+    """Of all nodes, and of single types."""
+    places = [launch, *launch.get("available_node_types", {}).values()]
+    return [command for place in places for key, found in place.items() if "commands" in key for command in found]
+
+
+@pytest.mark.parametrize("command", [command for name in FILES for command in commands(launcher(name))])
 def test_commands_are_ones_that_a_shell_takes(command: str) -> None:
     subprocess.run(["bash", "-n", "-c", f"(export A=1;{command})"], check=True)
 
@@ -131,31 +138,57 @@ def test_every_configuration_is_one_that_serve_and_the_builders_accept(config: P
     assert ("paceline-drafters" in found) == bool(found.get("paceline", {"remote_stages": True}).get("remote_stages"))
 
 
-def test_the_target_and_the_draft_workers_fit_on_the_nodes_that_are_theirs() -> None:
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_the_target_and_the_draft_workers_fit_on_the_nodes_that_are_theirs(name: str) -> None:
     nodes = launcher()["available_node_types"]
-    service, drafters = cluster_configs()
-    wanted = service.target["ray_actor_options"]["resources"]
-    assert wanted["target"] <= nodes["target"]["resources"]["target"]
+    service, drafters = cluster_configs(name)
+    wanted = service.target["ray_actor_options"]
+    kind = "gpu" if "num_gpus" in wanted else "target"
+    assert fits({"CPU": wanted["num_cpus"], "GPU": wanted.get("num_gpus", 0), **wanted.get("resources", {})}, nodes[kind])
     for stage in drafters.stages:
         (bundle,) = stage.deployment["placement_group_bundles"]
         options = stage.actor_options
-        assert bundle == {"CPU": options["num_cpus"], **options["resources"]}, "the bundle must hold the worker"
-        assert bundle["draft"] <= nodes["draft"]["resources"]["draft"]
+        worker = {"CPU": options["num_cpus"], "GPU": options.get("num_gpus", 0), **options.get("resources", {})}
+        assert bundle == {name: amount for name, amount in worker.items() if amount}, "the bundle must hold the worker"
+        assert fits(bundle, nodes["gpu" if "GPU" in bundle else "draft"])
     assert [name for name, node in nodes.items() if "draft" in node["resources"]] == ["draft"]
     assert [name for name, node in nodes.items() if "target" in node["resources"]] == ["target"]
 
 
-def test_the_doors_stand_on_the_head() -> None:
+INSTANCES = {"c7i.4xlarge": {"CPU": 16}, "c7i.2xlarge": {"CPU": 8}, "g6e.4xlarge": {"CPU": 16, "GPU": 1}}
+
+
+def fits(wanted: dict[str, float], node: dict[str, Any]) -> bool:
+    has = INSTANCES[node["node_config"]["InstanceType"]] | node["resources"]
+    return all(amount <= has.get(name, 0) for name, amount in wanted.items())
+
+
+def test_nodes_with_gpus_get_what_needs_one() -> None:
+    """And no more of them come than the service's targets and drafters may ask for at once."""
+    node = launcher()["available_node_types"]["gpu"]
+    service, drafters = cluster_configs("cluster_gpu.yaml")
+    on_gpus = [stage for stage in drafters.stages if "num_gpus" in stage.actor_options]
+    replicas = [stage.deployment["autoscaling_config"]["max_replicas"] for stage in on_gpus]
+    assert node["max_workers"] == 1 + sum(replicas)
+    assert node["docker"]["worker_image"].endswith("-gpu")
+    assert not any("download.pytorch.org/whl/cpu" in command for command in node["worker_setup_commands"])
+    assert service.model.kernels == "triton"
+    assert {stage.model.kernels for stage in on_gpus if stage.model} == {"triton"}
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_the_doors_stand_on_the_head(name: str) -> None:
     nodes = launcher()
-    selector = cluster_configs()[0].ingress["ray_actor_options"]["label_selector"]
+    selector = cluster_configs(name)[0].ingress["ray_actor_options"]["label_selector"]
     matching = [
         name for name, node in nodes["available_node_types"].items() if selector.items() <= node["labels"].items()
     ]
     assert matching == [nodes["head_node_type"]]
 
 
-def test_workers_are_added_before_their_leases_would_be_refused() -> None:
-    for stage in cluster_configs()[1].stages:
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_workers_are_added_before_their_leases_would_be_refused(name: str) -> None:
+    for stage in cluster_configs(name)[1].stages:
         scaling = stage.deployment["autoscaling_config"]
         assert scaling["target_ongoing_requests"] < stage.max_sessions
 
