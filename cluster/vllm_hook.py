@@ -45,7 +45,7 @@ EXTRA_ARG = "paceline_max_drafts"
 """Key of ``SamplingParams.extra_args``: guesses the request may be given, 0 for none."""
 VERSIONS = ("0.32",)
 RETRY_S = 2.0
-TREE_NODES = 160  # asked of remote stages for each row: its chain, and what the next one may be
+TREE_NODES = 384  # asked of remote stages for each row: its chain, and what the next one may be
 MAX_ROWS = 1024
 GCS_PATIENCE_S = "86400"  # Ray ends a driver whose GCS is away for a minute; this driver is somebody's vLLM
 
@@ -245,7 +245,7 @@ def _remote(address: str, app: str) -> Connect[Remote]:
         vocab = load_tokenizer(resolve_model(model.tokenizer, weights=False)).get_vocab()
         name = f"vllm-{uuid.uuid4().hex[:12]}"
         transport = RayDraftTransport(name, app, stages, tokenizer_hash(vocab), in_background=True)
-        return Remote(Pipeline(transport, stages, model.vocab_size, TREE_NODES, run_ahead=1), TREE_NODES)
+        return Remote(Pipeline(transport, stages, model.vocab_size, TREE_NODES, outcomes=True), TREE_NODES)
 
     return connect
 

@@ -17,11 +17,17 @@ from cluster.core.types import Origin, SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A wish for a tree: at most ``max_nodes`` nodes, none deeper than ``max_depth`` (both at least 1)."""
+    """A wish for a tree: at most ``max_nodes`` nodes, none deeper than ``max_depth`` (both at least 1).
+
+    ``outcomes``: the verifier takes chains and asks for the step after. What it has verified by then is the tree's best
+    path or a part of it, so breadth beside that path is worth more than depth. A drafter that makes no difference may
+    ignore it.
+    """
 
     session_id: str
     max_nodes: int
     max_depth: int
+    outcomes: bool = False
 
 
 class Drafter(Protocol):

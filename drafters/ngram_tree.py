@@ -6,8 +6,13 @@ end to the store's commonest tokens. So few occurrences count for little without
 estimate is a probability. Occurrences in the session's own text weigh ``own_weight`` each, those in stores 1, but no
 run in a store counts for more than ``store_cap``: a session's own habits must be heard over millions of tokens.
 
-The estimate is made anew behind every node, so that a path can go on where the text it started from ends. This module
-is the readable form; ``sssd.cpp`` does the same arithmetic in the same order.
+The estimate is made anew behind every node, so that a path can go on where the text it started from ends.
+
+A tree of outcomes is for a verifier of chains, and for the step after: the target verifies the best path meanwhile, and
+what it says will be that path's beginning and one token more. So nodes of that path have all their followers, looked
+for in more samples, and others the likeliest alone, but that without fail.
+
+This module is the readable form; ``sssd.cpp`` does the same arithmetic in the same order.
 """
 
 from __future__ import annotations
@@ -21,8 +26,9 @@ from cluster.core.token_tree import TokenTree
 from drafters.datastore import Datastore, Range
 from drafters.ngram_index import ROOT, NgramIndex
 
-Candidate = tuple[float, int, int, int]
-"""(-score, parent node, token, depth): the smallest is the best."""
+Candidate = tuple[float, int, int, int, float]
+"""(-rank, parent node, token, depth, score): the smallest is the best. The rank is the score but for an outcome's first
+follower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +36,9 @@ class Rules:
     """``query``: the longest run looked up, in tokens, at most 8; ``samples``: suffixes looked at per run, at most 256.
 
     ``negligible``: shorter runs are not looked at where all they could give a node is a lower score than this.
-    ``chain``: only the likeliest follower of each node, for verifiers that take no trees.
+    ``chain``: only the likeliest follower of each node, for verifiers that take no trees. In a tree of outcomes,
+    ``outcome_samples`` are looked at per run behind its best path; beside it, shorter runs only while they have at least
+    the part ``beside`` of what is left to say.
     The numbers are the best of a replay over recorded outputs (``benchmarks/accepted_length.py``).
     """
 
@@ -41,6 +49,8 @@ class Rules:
     prior: float = 20.0
     negligible: float = 1e-3
     chain: bool = False
+    outcome_samples: int = 256
+    beside: float = 0.2
 
 
 class SessionIndex(Protocol):
@@ -51,9 +61,18 @@ class SessionIndex(Protocol):
         ...
 
     def grow(
-        self, tail: Sequence[int], stores: Sequence[Datastore], max_nodes: int, max_depth: int, stage: int
+        self,
+        tail: Sequence[int],
+        stores: Sequence[Datastore],
+        max_nodes: int,
+        max_depth: int,
+        stage: int,
+        outcomes: bool = False,
     ) -> TokenTree:
-        """The best ``max_nodes`` nodes behind the text, whose newest tokens (``query`` or all) are ``tail``."""
+        """The best ``max_nodes`` nodes behind the text, whose newest tokens (``query`` or all) are ``tail``.
+
+        ``outcomes``: for what may come of a step that verifies the best path.
+        """
         ...
 
 
@@ -76,44 +95,57 @@ class PlainIndex:
         self._index.extend(token_ids)
 
     def grow(
-        self, tail: Sequence[int], stores: Sequence[Datastore], max_nodes: int, max_depth: int, stage: int
+        self,
+        tail: Sequence[int],
+        stores: Sequence[Datastore],
+        max_nodes: int,
+        max_depth: int,
+        stage: int,
+        outcomes: bool = False,
     ) -> TokenTree:
-        query = self._rules.query
+        query, rules = self._rules.query, self._rules
         root = _State((None,) * query, (((0, 0),) * query,) * len(stores))
         for token in tail[-query:]:
             root = self._step(root, stores, token)
         states = [root]  # the root's, then each node's
         nodes: list[Candidate] = []
         frontier: list[Candidate] = []
+        end = -1  # of the best path
+        on_path = [True]  # whether it is on that path: the root, then each node
 
-        def offer(parent: int, depth: int, score: float) -> None:
+        def offer(parent: int, depth: int, rank: float | None, score: float, beside: bool) -> None:
             room = max_nodes - len(nodes)
-            found = self._followers(states[parent + 1], stores, score)
-            if found and self._rules.chain:
+            floor = rules.beside if beside else rules.negligible / score
+            samples = rules.outcome_samples if outcomes and not beside else rules.samples
+            found = self._followers(states[parent + 1], stores, floor, samples)
+            if found and (rules.chain or beside):
                 found = [min(found, key=lambda each: (-each[1], each[0]))]
-            for token, share in found:
-                candidate = (-min(score, score * share), parent, token, depth)
+            for token, probability in found:
+                share = min(score, score * probability)
+                candidate = (-(share if rank is None else rank), parent, token, depth, share)
                 if len(frontier) < room or candidate < frontier[-1]:
                     insort(frontier, candidate)
                     del frontier[room:]
 
-        offer(-1, 1, 1.0)
+        offer(-1, 1, None, 1.0, False)
         while frontier:
             best = frontier.pop(0)
+            negative_rank, parent, token, depth, score = best
+            beside = outcomes and parent != end
+            outcome = beside and on_path[parent + 1]
+            if not beside:
+                end = len(nodes)
             nodes.append(best)
-            negative_score, parent, token, depth = best
+            on_path.append(not beside)
             room = max_nodes - len(nodes)
-            if depth < max_depth and (len(frontier) < room or (room and negative_score < frontier[-1][0])):
+            if depth < max_depth and (len(frontier) < room or (room and negative_rank < frontier[-1][0])):
                 states.append(self._step(states[parent + 1], stores, token))
-                offer(len(nodes) - 1, depth + 1, -negative_score)
+                # An outcome is worth its row only with something below it: its first follower ranks as it does.
+                offer(len(nodes) - 1, depth + 1, -negative_rank if outcome else None, score, beside)
             else:
                 states.append(root)  # holds the place; nothing hangs on this node
-        return TokenTree.build(
-            [token for _, _, token, _ in nodes],
-            [parent for _, parent, _, _ in nodes],
-            [-negative_score for negative_score, _, _, _ in nodes],
-            stage,
-        )
+        _, parents, tokens, _, scores = zip(*nodes) if nodes else ((),) * 5
+        return TokenTree.build(tokens, parents, scores, stage)
 
     def _step(self, state: _State, stores: Sequence[Datastore], token: int) -> _State:
         """What matches once ``token`` stands behind: every match of ``state`` goes on, and a new one begins."""
@@ -125,13 +157,15 @@ class PlainIndex:
         )
         return _State(own, tuple(ranges))
 
-    def _followers(self, state: _State, stores: Sequence[Datastore], score: float) -> list[tuple[int, float]]:
-        """(token, probability) of what may follow; the node itself has ``score``."""
+    def _followers(
+        self, state: _State, stores: Sequence[Datastore], floor: float, samples: int
+    ) -> list[tuple[int, float]]:
+        """(token, probability) of what may follow. Runs that can give less than ``floor`` are left out."""
         rules, index = self._rules, self._index
         found: dict[int, float] = {}
         weight = 1.0
         for length in range(rules.query, 0, -1):
-            if weight * score < rules.negligible:
+            if weight < floor:
                 break
             node = state.own[length - 1]
             total = rules.own_weight * (0 if node is None else index.followed(node))
@@ -144,12 +178,12 @@ class PlainIndex:
             for token, count in [] if node is None else index.followers(node):
                 found[token] = found.get(token, 0.0) + each * rules.own_weight * count
             for store, matches, size in zip(stores, state.stores, sizes):
-                taken = max(1, min(size, rules.samples))
+                taken = max(1, min(size, samples))
                 share = each * (min(size, rules.store_cap) / taken)
-                for token, count in store.followers(matches[length - 1], length, rules.samples):
+                for token, count in store.followers(matches[length - 1], length, samples):
                     found[token] = found.get(token, 0.0) + share * count
             weight = each * rules.prior
-        if stores and weight * score >= rules.negligible:
+        if stores and weight >= floor:
             for token, common in zip(stores[0].common.tolist(), stores[0].shares.tolist()):
                 found[token] = found.get(token, 0.0) + weight * common
         return list(found.items())

@@ -106,6 +106,8 @@ struct Rules {
     int32_t query, samples;
     double own_weight, store_cap, prior, negligible;
     int32_t chain;  // only the likeliest follower of each node
+    int32_t outcome_samples;
+    double beside;
 };
 
 }  // extern "C"
@@ -140,10 +142,10 @@ struct State {  // what matches the newest 1, 2, ... query tokens
 };
 
 struct Candidate {
-    double score;
+    double rank, score;  // the rank is the score but for an outcome's first follower
     int32_t parent, token, depth;
     bool operator<(const Candidate& other) const {  // better first
-        if (score != other.score) return score > other.score;
+        if (rank != other.rank) return rank > other.rank;
         return parent != other.parent ? parent < other.parent : token < other.token;
     }
 };
@@ -173,21 +175,21 @@ class Grower {
         return to;
     }
 
-    // (token, probability) of what may follow, in order of token.
-    const std::vector<std::pair<int32_t, double>>& followers(const State& state, double score) {
+    // (token, probability) of what may follow, in order of token. Runs that can give less than `floor` are left out.
+    const std::vector<std::pair<int32_t, double>>& followers(const State& state, double floor, int samples) {
         found_.clear();
         double weight = 1.0;
-        for (int k = rules_.query - 1; k >= 0 && weight * score >= rules_.negligible; --k) {
+        for (int k = rules_.query - 1; k >= 0 && weight >= floor; --k) {
             const int64_t own = state.own[k] == kNone ? 0 : own_[state.own[k]].followed;
             double total = rules_.own_weight * own;
             for (int s = 0; s < num_stores_; ++s) total += std::min<double>(state.stores[s][k].size(), rules_.store_cap);
             if (total == 0.0) continue;
             const double each = weight / (total + rules_.prior);
             if (own) add_own(state.own[k], each * rules_.own_weight);
-            for (int s = 0; s < num_stores_; ++s) add_store(stores_[s], state.stores[s][k], k + 1, each);
+            for (int s = 0; s < num_stores_; ++s) add_store(stores_[s], state.stores[s][k], k + 1, each, samples);
             weight = each * rules_.prior;
         }
-        if (num_stores_ && weight * score >= rules_.negligible) {
+        if (num_stores_ && weight >= floor) {
             for (int i = 0; i < stores_[0].num_common; ++i) {
                 found_.emplace_back(stores_[0].common[i], weight * stores_[0].shares[i]);
             }
@@ -204,10 +206,10 @@ class Grower {
     }
 
     // Counts by evenly spaced ranks: the suffixes are in order of what follows, so equal tokens stand together.
-    void add_store(const Store& store, Range range, int length, double each) {
+    void add_store(const Store& store, Range range, int length, double each, int samples) {
         const int64_t size = range.size();
         if (size <= 0) return;
-        const int64_t taken = std::min<int64_t>(size, rules_.samples);
+        const int64_t taken = std::min<int64_t>(size, samples);
         each *= std::min<double>(size, rules_.store_cap) / taken;
         int32_t tokens[kMaxSamples];
         for (int64_t i = 0; i < taken; ++i) {
@@ -245,7 +247,7 @@ class Frontier {
   public:
     explicit Frontier(int room) : room_(room) { best_.reserve(room + 1); }
 
-    bool takes(double score) const { return int(best_.size()) < room_ || (room_ && score > best_.back().score); }
+    bool takes(double rank) const { return int(best_.size()) < room_ || (room_ && rank > best_.back().rank); }
 
     void offer(const Candidate& candidate) {
         const auto place = std::upper_bound(best_.begin(), best_.end(), candidate);
@@ -279,34 +281,43 @@ void trie_extend(void* trie, const int32_t* tokens, int64_t count) {
     for (int64_t i = 0; i < count; ++i) static_cast<Trie*>(trie)->append(tokens[i]);
 }
 
-// The best-first tree behind `tail`, the text's newest tokens. tokens, parents, scores: (max_nodes,), filled in order
-// of falling score. Returns the number of nodes.
+// The best-first tree behind `tail`, the text's newest tokens. With `outcomes`, only nodes of the best path have more than
+// one follower. tokens, parents, scores: (max_nodes,), filled in the order of ranks. Returns the number of nodes.
 int32_t grow(const void* trie, const Store* stores, int32_t num_stores, const Rules* rules, const int32_t* tail,
-             int32_t tail_length, int32_t max_nodes, int32_t max_depth, int32_t* tokens, int32_t* parents,
-             float* scores) {
+             int32_t tail_length, int32_t max_nodes, int32_t max_depth, int32_t outcomes, int32_t* tokens,
+             int32_t* parents, float* scores) {
     Grower grower(*static_cast<const Trie*>(trie), stores, num_stores, *rules);
     std::vector<State> states(1, grower.empty());  // the root's, then each node's; empty where it needs none
     for (int32_t i = 0; i < tail_length; ++i) states[0] = grower.step(states[0], tail[i]);
     Frontier frontier(max_nodes);
-    const auto offer = [&](int32_t parent, int32_t depth, double score) {
-        const auto& found = grower.followers(states[parent + 1], score);
+    int32_t end = -1;           // of the best path
+    std::vector<bool> on_path{true};  // whether it is on that path: the root, then each node
+    const auto offer = [&](int32_t parent, int32_t depth, double rank, double score, bool beside) {
+        const double floor = beside ? rules->beside : rules->negligible / score;
+        const int samples = outcomes && !beside ? rules->outcome_samples : rules->samples;
+        const auto& found = grower.followers(states[parent + 1], floor, samples);
         const auto likelier = [](const auto& a, const auto& b) { return a.second < b.second; };
         auto first = found.begin(), last = found.end();
-        if (rules->chain && first != last) first = std::max_element(first, last, likelier), last = first + 1;
+        if ((rules->chain || beside) && first != last) first = std::max_element(first, last, likelier), last = first + 1;
         for (; first != last; ++first) {
-            frontier.offer({std::min(score, score * first->second), parent, first->first, depth});
+            const double share = std::min(score, score * first->second);
+            frontier.offer({rank < 0.0 ? share : rank, share, parent, first->first, depth});
         }
     };
-    offer(-1, 1, 1.0);
+    offer(-1, 1, -1.0, 1.0, false);
     int32_t count = 0;
     for (; !frontier.empty(); ++count) {
         const Candidate best = frontier.pop();
         tokens[count] = best.token;
         parents[count] = best.parent;
         scores[count] = static_cast<float>(best.score);
-        const bool pays = best.depth < max_depth && frontier.takes(best.score);
+        const bool beside = outcomes && best.parent != end, outcome = beside && on_path[best.parent + 1];
+        on_path.push_back(!beside);
+        if (!beside) end = count;
+        const bool pays = best.depth < max_depth && frontier.takes(best.rank);
         states.push_back(pays ? grower.step(states[best.parent + 1], best.token) : State{});
-        if (pays) offer(count, best.depth + 1, best.score);
+        // An outcome is worth its row only with something below it: its first follower ranks as it does.
+        if (pays) offer(count, best.depth + 1, outcome ? best.rank : -1.0, best.score, beside);
     }
     return count;
 }

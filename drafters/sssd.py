@@ -85,6 +85,7 @@ class SssdDrafter:
                 ask.max_nodes,
                 ask.max_depth,
                 int(self.stage),
+                ask.outcomes,
             )
             for ask, session in zip(asks, sessions)
         }

@@ -24,7 +24,7 @@ _FUNCTIONS = {
     "trie_new": ([_INT], _PTR),
     "trie_free": ([_PTR], None),
     "trie_extend": ([_PTR, _PTR, _LONG], None),
-    "grow": ([_PTR, _PTR, _INT, _PTR, _PTR, _INT, _INT, _INT, _PTR, _PTR, _PTR], _INT),
+    "grow": ([_PTR, _PTR, _INT, _PTR, _PTR, _INT, _INT, _INT, _INT, _PTR, _PTR, _PTR], _INT),
 }
 
 
@@ -42,7 +42,8 @@ class _Rules(ctypes.Structure):
     _fields_ = (
         *((name, _INT) for name in ("query", "samples")),
         *((name, _DOUBLE) for name in ("own_weight", "store_cap", "prior", "negligible")),
-        ("chain", _INT),
+        *((name, _INT) for name in ("chain", "outcome_samples")),
+        ("beside", _DOUBLE),
     )
 
 
@@ -89,7 +90,13 @@ class NativeIndex:
         self._library.trie_extend(self._trie, tokens.ctypes.data, len(tokens))
 
     def grow(
-        self, tail: Sequence[int], stores: Sequence[Datastore], max_nodes: int, max_depth: int, stage: int
+        self,
+        tail: Sequence[int],
+        stores: Sequence[Datastore],
+        max_nodes: int,
+        max_depth: int,
+        stage: int,
+        outcomes: bool = False,
     ) -> TokenTree:
         newest = np.asarray(tail[-self._query :], np.int32)
         views = (_Store * MAX_STORES)(*map(_view, stores))
@@ -104,6 +111,7 @@ class NativeIndex:
             len(newest),
             max_nodes,
             max_depth,
+            outcomes,
             tokens.ctypes.data,
             parents.ctypes.data,
             scores.ctypes.data,

@@ -25,7 +25,7 @@ from cluster.core.errors import InvalidTree
 from cluster.core.types import TreeKey
 
 Int32Array = npt.NDArray[np.int32]
-MAX_NODES = 256
+MAX_NODES = 512
 
 
 def _int32(values: Any) -> Int32Array:
@@ -161,12 +161,11 @@ class TokenTree:
             if child is None:
                 return TokenTree.empty()
             node = child
-        below = np.zeros(len(self) + 1, np.bool_)
-        below[node] = True
-        for index, parent in enumerate(self.parents.tolist()):
-            below[index] |= below[parent]
-        below[node] = False
-        tree = self.take(np.flatnonzero(below[:-1]))
+        inside = {node}
+        for index, parent in enumerate(self.parents[node + 1 :].tolist(), node + 1):
+            if parent in inside:
+                inside.add(index)
+        tree = self.take(np.array(sorted(inside - {node}), np.int64))
         share = float(self.scores[node]) if node >= 0 else 1.0
         scores = np.minimum(tree.scores / share, 1.0).astype(np.float32) if share > 0.0 else np.zeros_like(tree.scores)
         return TokenTree(tree.tokens, tree.parents, scores, tree.stages)

@@ -77,7 +77,7 @@ class DraftWorker:
             if not self._follow(name, ask):
                 resync.append(ask.commit.key.session_id)
             elif self._held[name].key == ask.commit.key and ask.max_nodes > 0 and ask.max_depth > 0:
-                wanted[name] = Ask(name, ask.max_nodes, ask.max_depth)
+                wanted[name] = Ask(name, ask.max_nodes, ask.max_depth, ask.outcomes)
                 keys[name] = ask.commit.key
         hints = self._hints(verifier, upstream, keys)
         trees = fill_in(list(wanted.values()), hints, self._drafter.propose(list(wanted.values()), hints))

@@ -13,7 +13,7 @@ from typing import Any
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import Commit, SamplingParams
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +31,14 @@ class DraftAsk:
     """One session's part of a call: what was committed since, and how large a tree is wanted.
 
     ``max_nodes`` 0 brings the worker up to date without a tree. ``start`` replaces whatever the worker holds.
+    ``outcomes``: see ``drafters.base.Ask``.
     """
 
     commit: Commit
     max_nodes: int
     max_depth: int
     start: SessionStart | None = None
+    outcomes: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ from typing import Protocol
 
 from cluster.core.errors import InvalidTree
 from cluster.core.token_tree import MAX_NODES, TokenTree
-from cluster.core.types import Commit, Origin, StageStats
-from cluster.rounds.messages import DraftAsk, DraftReply, SessionStart
+from cluster.core.types import Origin, StageStats
+from cluster.rounds.messages import DraftAsk, DraftReply
 from cluster.rounds.session_drafts import Counts, Draft, Drafted, SessionDrafts, count_nodes
 from cluster.rounds.stage_record import StageRecord
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 START_INTERVAL_S = 1.0  # a stage is sent a session's start this often at most
 LEASE_INTERVAL_S = 1.0  # a session's missing leases are asked for so often at most
 LEASE_PATIENCE_S = 5.0  # from a session that has no worker after so long nothing is expected
-MAX_DEPTH = 32
+WORTH_TAKING = 0.25  # accepted nodes that a tree from the cache must promise; else the round waits for a fresh one
 REPLY_WEIGHT = 0.1  # of the newest reply in how long replies take
 
 Deliver = Callable[[Hashable, DraftReply], None]
@@ -91,8 +91,10 @@ class Pipeline:
         max_nodes: int,
         clock: Callable[[], float] = time.monotonic,
         run_ahead: int = 0,
+        outcomes: bool = False,
     ) -> None:
-        """``max_nodes``: of a tree that a round may want; stages are asked for ``run_ahead`` more."""
+        """``max_nodes``: of a tree that a round may want; stages are asked for ``run_ahead`` more. ``outcomes``: trees are
+        for a verifier of chains, which asks for the step after and takes whatever is left of them then."""
         self.stages = tuple(stages)
         self.wanted = 0  # rounds of a session for which its stages were asked ...
         self.cached = 0  # ... and in which the cache had its tree already
@@ -102,6 +104,7 @@ class Pipeline:
         self._transport = transport
         self._vocab_size = vocab_size
         self._run_ahead = run_ahead
+        self._outcomes = outcomes
         self._most_nodes = min(max_nodes + run_ahead, MAX_NODES)
         self._clock = clock
         self._records = {stage: StageRecord(stage) for stage in stages}
@@ -138,7 +141,7 @@ class Pipeline:
             followers = [s for s in self.stages if s in known.held and self._in_use(session_id, s)]
             self._waste(known.unverified())
         if known.leased_s > -math.inf:
-            rest = [ChainAsk(session_id, {stage: _ask(known, stage, 0)}) for stage in followers]
+            rest = [ChainAsk(session_id, {stage: known.ask(stage, 0)}) for stage in followers]
             if rest:
                 self._transport.draft(rest, self._deliver, self._failed)
             self._transport.close(session_id)
@@ -216,17 +219,18 @@ class Pipeline:
                 workers = {stage: self._transport.worker(session.id, stage) for stage in self.stages if stage in stages}
                 usable = {s: w for s, w in workers.items() if self._usable(s, w) or (s, w) == probe}
                 starts = {stage: worker for stage, worker in usable.items() if self._needs_start(known, stage)}
-                chains += [ChainAsk(session.id, {stage: self._start(known, stage)}) for stage in starts]
+                chains += [ChainAsk(session.id, {stage: known.start(stage, self._clock())}) for stage in starts]
                 sent.update(starts.items())
                 chain = {stage: worker for stage, worker in usable.items() if stage in known.held}
                 if chain and max_nodes > 0 and session.max_depth > 0:
                     nodes = min(max_nodes + self._run_ahead, self._most_nodes)
-                    chains.append(ChainAsk(session.id, {stage: _ask(known, stage, nodes) for stage in chain}))
+                    asks = {stage: known.ask(stage, nodes, self._outcomes) for stage in chain}
+                    chains.append(ChainAsk(session.id, asks))
                     sent.update(chain.items())
                     known.asked_s = self._clock()
                     if probe is None or probe not in chain.items():
-                        if self._run_ahead:
-                            known.look_up()
+                        if self._run_ahead or self._outcomes:
+                            known.look_up(0.0 if self._outcomes else WORTH_TAKING)
                         known.chain, known.waiting_for = chain, session.key
                         for stage in chain:
                             known.silent_since.setdefault(stage, known.asked_s)
@@ -316,12 +320,6 @@ class Pipeline:
     def _needs_start(self, known: SessionDrafts, stage: str) -> bool:
         return stage not in known.held and self._clock() - known.started.get(stage, -math.inf) >= START_INTERVAL_S
 
-    def _start(self, known: SessionDrafts, stage: str) -> DraftAsk:
-        session = known.session
-        known.started[stage] = self._clock()
-        start = SessionStart(tuple(session.tokens), session.prompt_len, session.params, session.owner)
-        return DraftAsk(Commit(session.key, session.base, ()), 0, 0, start)
-
     # --- what comes back: any thread, any order, any number of times
 
     def _failed(self, stage: str, worker: Hashable, session_ids: Sequence[str]) -> None:
@@ -391,10 +389,3 @@ class Pipeline:
     def _waste(self, nodes: Counts) -> None:
         for origin, record in self._guessers:
             record.wasted += int(nodes[origin])
-
-
-def _ask(known: SessionDrafts, stage: str, max_nodes: int) -> DraftAsk:
-    """Everything since the length that stage's worker acknowledged."""
-    session, held = known.session, known.held[stage]
-    commit = Commit(session.key, held, tuple(session.tokens[held:]))
-    return DraftAsk(commit, max_nodes, min(session.max_depth, MAX_DEPTH))

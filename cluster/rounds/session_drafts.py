@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.core.token_tree import TokenTree
-from cluster.core.types import Origin, SamplingParams, TreeKey
+from cluster.core.types import Commit, Origin, SamplingParams, TreeKey
+from cluster.rounds.messages import DraftAsk, SessionStart
 
-WORTH_TAKING = 0.25  # accepted nodes that a tree from the cache must promise; else the round waits for a fresh one
+MAX_DEPTH = 32
 
 Counts = npt.NDArray[np.int64]
 """(3,) numbers of nodes, by ``Origin``."""
@@ -119,12 +120,26 @@ class SessionDrafts:
         draft = next((self.trees[stage] for stage in reversed(self.chain) if stage in self.trees), self.cached)
         return draft if draft is not None and draft.tree.key == self.session.key else None
 
-    def look_up(self) -> None:
-        """Walk the tokens since the newest tree's state into that tree."""
+    def ask(self, stage: str, max_nodes: int, outcomes: bool = False) -> DraftAsk:
+        """For a tree behind everything since the length that stage's worker acknowledged."""
+        session, held = self.session, self.held[stage]
+        commit = Commit(session.key, held, tuple(session.tokens[held:]))
+        return DraftAsk(commit, max_nodes, min(session.max_depth, MAX_DEPTH), outcomes=outcomes)
+
+    def start(self, stage: str, now: float) -> DraftAsk:
+        """Everything that stage's worker needs to begin."""
+        session = self.session
+        self.started[stage] = now
+        start = SessionStart(tuple(session.tokens), session.prompt_len, session.params, session.owner)
+        return DraftAsk(Commit(session.key, session.base, ()), 0, 0, start)
+
+    def look_up(self, worth: float) -> None:
+        """Walk the tokens since the newest tree's state into that tree; what is left must promise ``worth`` accepted
+        nodes."""
         newest = self.newest
         if newest is not None and newest.tree.key is not None:
             tree = newest.tree.after(self.session.tokens[newest.tree.key.base :])
-            if float(tree.scores.sum()) >= WORTH_TAKING:
+            if len(tree) and float(tree.scores.sum()) >= worth:
                 self.cached = replace(newest, tree=tree.with_key(self.session.key))
 
     def knows(self, key: object) -> bool:

@@ -150,11 +150,30 @@ def test_the_compiled_form_gives_the_readable_ones_trees(alphabet: int, num_stor
         text += piece
         plain.extend(piece)
         native.extend(piece)
-        ours = plain.grow(text, stores, 16, 6, 1)
-        theirs = native.grow(text, stores, 16, 6, 1)
-        assert ours.tokens.tolist() == theirs.tokens.tolist()
-        assert ours.parents.tolist() == theirs.parents.tolist()
-        assert ours.scores.tolist() == theirs.scores.tolist()
+        for outcomes in (False, True):
+            ours = plain.grow(text, stores, 16, 6, 1, outcomes)
+            theirs = native.grow(text, stores, 16, 6, 1, outcomes)
+            assert ours.tokens.tolist() == theirs.tokens.tolist()
+            assert ours.parents.tolist() == theirs.parents.tolist()
+            assert ours.scores.tolist() == theirs.scores.tolist()
+
+
+def test_a_tree_of_outcomes_is_wide_along_its_best_path_alone(new: Callable[..., SssdDrafter]) -> None:
+    rng = np.random.default_rng(3)
+    drafter = new(rng.choice(6, 400, p=[0.6, 0.2, 0.1, 0.05, 0.03, 0.02]).tolist(), rules=Rules())
+    tree = drafter.propose([Ask("s", 60, 8, outcomes=True)], {})["s"]
+    tree.check(6)
+    parents = tree.parents.tolist()
+    children = {node: [c for c, parent in enumerate(parents) if parent == node] for node in range(-1, len(tree))}
+    path = [-1]
+    while children[path[-1]]:
+        path.append(max(children[path[-1]], key=lambda node: tree.scores[node]))
+    beside = set(range(len(tree))) - set(path)
+    assert all(len(children[node]) <= 1 for node in beside)
+    outcomes = [node for node in beside if parents[node] in path]
+    assert len(outcomes) > 15
+    # All but the deepest have something below them, and the last one, for which there was no room.
+    assert sum(not children[node] for node in outcomes if tree.depths()[node] < 8) <= 1
 
 
 def test_text_that_repeats_nothing_gives_no_tree(new: Callable[..., SssdDrafter]) -> None:

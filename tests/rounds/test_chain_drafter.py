@@ -67,12 +67,12 @@ def remote_stage(drafter: ScriptedDrafter) -> Remote:
 class Rig:
     """A chain drafter whose clock only moves when told to."""
 
-    def __init__(self, run_ahead: int = 0, inline: bool = True, local: LocalDrafter | None = None) -> None:
+    def __init__(self, outcomes: bool = False, inline: bool = True, local: LocalDrafter | None = None) -> None:
         self.now = 100.0
         self.drafter = ScriptedDrafter(count_on, vocab_size=VOCAB)
         workers = {"small": DraftWorker("small", self.drafter)}
         self.transport = InlineTransport(workers) if inline else InProcessTransport(workers)
-        self.pipeline = Pipeline(self.transport, ["small"], VOCAB, 16, clock=lambda: self.now, run_ahead=run_ahead)
+        self.pipeline = Pipeline(self.transport, ["small"], VOCAB, 16, clock=lambda: self.now, outcomes=outcomes)
         self.chains = ChainDrafter(local, clock=lambda: self.now, thread=False)
         self.chains.join(Remote(self.pipeline, 16))
 
@@ -136,7 +136,7 @@ def test_a_row_that_ended_is_forgotten_everywhere() -> None:
 
 
 def test_tokens_that_walk_into_an_earlier_tree_find_the_next_chain_there() -> None:
-    rig = Rig(run_ahead=1, inline=False)
+    rig = Rig(outcomes=True, inline=False)
     rig.step(row([5, 6, 7], 1))
     rig.transport.join()
     rig.step(row([5, 6, 7, 8], 1))
@@ -149,7 +149,7 @@ def test_tokens_that_walk_into_an_earlier_tree_find_the_next_chain_there() -> No
 
 
 def test_a_silent_stage_is_left_out_after_some_steps() -> None:
-    rig = Rig(run_ahead=1)
+    rig = Rig(outcomes=True)
     rig.step(row([5, 6, 7], 1))
     tokens = [5, 6, 7]
     rig.transport.draft = lambda chains, deliver, fail: None
