@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 from cluster.core.config import EngineConfig, ModelConfig, ServiceConfig, StageConfig
 from cluster.core.errors import ConfigError
 from cluster.core.types import STAGE_NAMES, GenerateRequest, ModelInfo, tokenizer_hash
-from cluster.engine.collectives import LOOPBACK
-from cluster.engine.crew import LocalCrew
-from cluster.engine.rank import Rank, build_rank
+from cluster.engine.crew import ON_THIS_MACHINE
+from cluster.engine.rank import Rank
 from cluster.engine.step_cost import CostCurve, curve_path, kept_curve
-from cluster.engine.tensor_parallel import Recruit, ShardedRank, build_sharded_rank
+from cluster.engine.tensor_parallel import Recruiter, ShardedRank, load_rank
 from cluster.engine.verifier import Verifier
 from cluster.engine.weights import eos_token_ids, load_tokenizer, read_config, resolve_model
 from cluster.rounds.detokenize import TextStream, text_of
@@ -65,11 +64,9 @@ def load_target(
     engine: EngineConfig,
     stages: Sequence[str] = (),
     report: Callable[[str], None] = log.info,
-    recruit: Recruit = LocalCrew,
-    host: str = LOOPBACK,
+    recruiter: Recruiter | None = ON_THIS_MACHINE,
 ) -> Target:
-    """Load weights, reserve KV, measure the cost curve. ``recruit`` starts the other tensor-parallel ranks, if any;
-    they find this one at ``host``.
+    """Load weights, reserve KV, measure the cost curve. ``recruiter``: of the other tensor-parallel ranks, if any.
 
     Raises ``ConfigError`` for what cannot be served. Close the target in the end.
     """
@@ -78,7 +75,8 @@ def load_target(
     config = read_config(folder)
     max_model_len = min(engine.max_model_len, config.max_positions)
     report(f"loading {model.name} ({config.architecture}, {model.dtype})")
-    rank = _build(folder, model, engine, max_model_len, recruit, host)
+    scratch = max(engine.max_rows, engine.max_nodes + 1)
+    rank = load_rank(folder, model, recruiter, num_slots=engine.kv_slots, capacity=max_model_len, scratch=scratch)
     tokenizer = load_tokenizer(folder)
     kernels = f"{rank.kernels} x {model.tensor_parallel_size}"
     path = curve_path(folder, model.dtype, kernels, model.threads, max_model_len)
@@ -102,33 +100,6 @@ def load_target(
     )
     return Target(
         folder, model, rank, tokenizer, Limits(max_model_len, frozenset(eos_token_ids(folder))), curve, path, info
-    )
-
-
-def _build(folder: Path, model: ModelConfig, engine: EngineConfig, capacity: int, recruit: Recruit, host: str) -> Rank:
-    scratch = max(engine.max_rows, engine.max_nodes + 1)
-    if model.tensor_parallel_size == 1:
-        return build_rank(
-            folder,
-            model.dtype,
-            num_slots=engine.kv_slots,
-            capacity=capacity,
-            scratch=scratch,
-            kernels=model.kernels,
-            threads=model.threads,
-        )
-    return build_sharded_rank(
-        folder,
-        model.dtype,
-        model.tensor_parallel_size,
-        recruit,
-        num_slots=engine.kv_slots,
-        capacity=capacity,
-        scratch=scratch,
-        kernels=model.kernels,
-        threads=model.threads,
-        limit_s=model.rank_limit_s,
-        host=host,
     )
 
 
@@ -180,15 +151,14 @@ def build_engine(
     config: ServiceConfig,
     connect: Callable[[ModelInfo], DraftTransport] | None = None,
     report: Callable[[str], None] = log.info,
-    recruit: Recruit = LocalCrew,
-    host: str = LOOPBACK,
+    recruiter: Recruiter | None = ON_THIS_MACHINE,
 ) -> TreeEngine:
     """A running engine. ``connect`` makes the transport to the remote stages once the target's facts are known;
-    ``recruit`` and ``host``: see ``load_target``."""
+    ``recruiter``: see ``load_target``."""
     tracer = round_tracer(config.engine)
     local = config.local_drafter
     stages = [name for name in STAGE_NAMES if name in config.remote_stages or (local and local.name == name)]
-    target = load_target(config.model, config.engine, stages, report, recruit, host)
+    target = load_target(config.model, config.engine, stages, report, recruiter)
     pipeline, transport = None, None
     if connect is not None and config.remote_stages:
         transport = connect(target.info)

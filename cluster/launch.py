@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.core.config import DraftersConfig, ServiceConfig, StageConfig
-from cluster.core.errors import EngineFailed
+from cluster.core.config import DraftersConfig, ModelConfig, ServiceConfig, StageConfig
+from cluster.core.errors import EngineDied, EngineFailed
 from cluster.core.logs import show_logs_in_actor
 from cluster.core.types import tokenizer_hash
 from cluster.leases import RayDraftTransport
@@ -32,7 +32,7 @@ from drafters import TargetFacts, create
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cluster.engine.tensor_parallel import RankPlan
+    from cluster.engine.tensor_parallel import RankPlan, Recruiter
     from cluster.tree_engine import TreeEngine
     from cluster.vllm_engine import VllmEngine
 
@@ -53,7 +53,9 @@ class DraftActor:
         show_logs_in_actor()
         folder = resolve_model(config.target_model.source, log.info, weights=stage.drafter != "sssd")
         facts = TargetFacts(read_config(folder).vocab_size, config.max_model_len, folder, config.target_model.dtype)
-        self._worker = DraftWorker(stage.name, create(stage, target=facts), stage.lease_ttl_s)
+        self._worker = DraftWorker(
+            stage.name, create(stage, target=facts, recruiter=_recruiter(stage.model)), stage.lease_ttl_s
+        )
         self._facts = WorkerFacts(
             stage.name, os.getpid(), PROTOCOL_VERSION, tokenizer_hash(load_tokenizer(folder).get_vocab())
         )
@@ -93,6 +95,9 @@ class DraftActor:
             try:
                 fresh = [ask for ask, name, state in states if state >= self._newest.get(name, state)]
                 return pack(self._worker.draft(verifier, fresh, None if upstream is None else unpack(upstream)))
+            except EngineDied as error:
+                log.critical("%s: this worker ends, and its successor begins with new ranks", error)
+                os._exit(1)
             finally:
                 self._computing_since = None
                 self._work = self._work.plus(time.monotonic() - start, len(asks), len(asks) - len(fresh))
@@ -133,12 +138,14 @@ def start_draft_worker(stage: StageConfig, config: DraftersConfig) -> tuple[Any,
     """
     concurrency = CONTROL_CALLS + 2 * stage.max_sessions
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": 0, "max_concurrency": concurrency}
+    if (group := ray.util.get_current_placement_group()) is not None:  # the other bundles are for its ranks
+        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
     worker = ray.remote(DraftActor).options(**{**options, **stage.actor_options}).remote(stage, config)
     return worker, ray.get(worker.facts.remote())
 
 
 class RankActor:
-    """Ranks 1, 2, ... of a target: all of a rank's life is one call of ``run``, whose ref tells of its death."""
+    """Ranks 1, 2, ... of a model: all of a rank's life is one call of ``run``, whose ref tells of its death."""
 
     def pid(self) -> int:
         return os.getpid()
@@ -153,7 +160,7 @@ class RankActor:
 
 
 class RayCrew:
-    """A ``Crew`` of actors, each in its own bundle of the replica's placement group, if it has one."""
+    """A ``Crew`` of actors, each in its own bundle of rank 0's placement group, if it has one."""
 
     def __init__(self, source: str, plans: Sequence[RankPlan]) -> None:
         group = ray.util.get_current_placement_group()
@@ -190,13 +197,18 @@ def _end_of(run: Any) -> str:
     return "has stopped"
 
 
-def rank_host() -> str:
-    """Where this replica's other ranks reach it: over the network only if its placement group has several nodes."""
+def _recruiter(model: ModelConfig | None) -> Recruiter | None:
+    """Of the actors that are ``model``'s other ranks, which reach this process over the network only if its placement
+    group has several nodes; None where one rank is all."""
+    if model is None or model.tensor_parallel_size == 1:
+        return None
     from cluster.engine.collectives import LOOPBACK
+    from cluster.engine.tensor_parallel import Recruiter
 
     group = ray.util.get_current_placement_group()
     nodes = set(ray.util.placement_group_table(group)["bundles_to_node_id"].values()) if group is not None else set()
-    return str(ray.util.get_node_ip_address()) if len(nodes) > 1 else LOOPBACK
+    host = str(ray.util.get_node_ip_address()) if len(nodes) > 1 else LOOPBACK
+    return Recruiter(partial(RayCrew, model.source), host)
 
 
 def launch_engine(config: ServiceConfig) -> TreeEngine:
@@ -208,8 +220,7 @@ def launch_engine(config: ServiceConfig) -> TreeEngine:
     return build_engine(
         config,
         lambda info: RayDraftTransport(verifier, config.drafters_app, config.remote_stages, info.tokenizer_hash),
-        recruit=partial(RayCrew, config.model.source),
-        host=rank_host(),
+        recruiter=_recruiter(config.model),
     )
 
 

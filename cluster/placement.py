@@ -1,4 +1,4 @@
-"""Where a target's ranks are placed: one bundle a rank, the replica (rank 0) in the first."""
+"""Where a model's ranks are placed: one bundle a rank; rank 0 in the first, with the replica it belongs to."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ KIND_SHARE = 0.001  # by which Ray asks for an accelerator_type
 STRATEGY = "STRICT_PACK"  # all on one node: they meet 2 * layers times a step; the configuration may say another
 
 
-def target_placement(actor_options: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """Serve options of a target of ``size`` ranks; none for one rank, which needs no placement group.
+def rank_placement(actor_options: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """Serve options of a target or a drafter of ``size`` ranks; none for one rank, which needs no placement group.
 
-    actor_options: the replica's ``ray_actor_options``. Every rank gets the CPUs, GPUs and memory the replica asks for;
+    actor_options: of rank 0. Every rank gets the CPUs, GPUs and memory it asks for;
     custom resources, which name the node, are asked for once. Raises ``ConfigError`` for ranks that share a GPU.
     """
     if size == 1:

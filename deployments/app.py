@@ -13,7 +13,7 @@ from ray import serve
 
 from cluster.core.config import DraftersConfig, ServiceConfig, StageConfig, parse_config
 from cluster.leases import deployment_name
-from cluster.placement import target_placement
+from cluster.placement import rank_placement
 from deployments.autoscaling import POLICY
 from deployments.draft import Draft, Drafters
 from deployments.ingress import Ingress
@@ -57,7 +57,7 @@ def draft_options(stage: StageConfig) -> dict[str, Any]:
     }
     if scaling := stage.deployment.get("autoscaling_config"):
         defaults["autoscaling_config"] = {"policy": {"policy_function": POLICY}, **scaling}
-    return merge(defaults, stage.deployment)
+    return rank_placement(stage.actor_options, stage.num_ranks) | merge(defaults, stage.deployment)
 
 
 def target_options(config: ServiceConfig) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def target_options(config: ServiceConfig) -> dict[str, Any]:
         "ray_actor_options": {"num_cpus": 0.5, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}}},
     }
     options = merge(defaults, config.target)
-    return target_placement(options["ray_actor_options"], config.model.tensor_parallel_size) | options
+    return rank_placement(options["ray_actor_options"], config.model.tensor_parallel_size) | options
 
 
 def ingress_options(config: ServiceConfig) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from drafters.base import Ask, Drafter
 from drafters.options import GrowthOptions, MlpOptions, S3DOptions, SssdOptions, StagedOptions, SwiftOptions
 
 if TYPE_CHECKING:
+    from cluster.engine.model_config import DecoderConfig
     from cluster.engine.rank import Rank
+    from cluster.engine.tensor_parallel import Recruiter
 
 __all__ = ["Ask", "Drafter", "TargetFacts", "create"]
 
@@ -39,6 +41,7 @@ class _Site:
     target: TargetFacts
     rank: Rank | None
     slot_of: Callable[[str], int] | None
+    recruiter: Recruiter | None
 
 
 def create(
@@ -47,11 +50,13 @@ def create(
     target: TargetFacts,
     rank: Rank | None = None,
     slot_of: Callable[[str], int] | None = None,
+    recruiter: Recruiter | None = None,
 ) -> Drafter:
     """The drafter a stage's configuration names, its weights loaded.
 
     ``rank`` and ``slot_of`` (session id -> the target's slot, KeyError where it has none) are given together, in the
-    target's process: a drafter that is the target in disguise then runs there, without weights of its own.
+    target's process: a drafter that is the target in disguise then runs there, without weights of its own. Without
+    ``recruiter`` a model drafter has one rank.
     Raises ``ConfigError`` for an unknown option, a wrong value, or a vocabulary that is not the target's.
     """
     if (rank is None) != (slot_of is None):
@@ -59,7 +64,7 @@ def create(
     factory = _FACTORIES.get(stage.drafter)
     if factory is None:
         raise ConfigError(f"drafter {stage.drafter!r} is not one of {', '.join(_FACTORIES)}")
-    return factory(stage, _Site(target, rank, slot_of))
+    return factory(stage, _Site(target, rank, slot_of, recruiter))
 
 
 def _sssd(stage: StageConfig, site: _Site) -> Drafter:
@@ -81,7 +86,7 @@ def _draft_model(stage: StageConfig, site: _Site) -> Drafter:
     from drafters.draft_model import ModelDrafter, OwnSlots
 
     options = parse_config(GrowthOptions, stage.options)
-    rank, max_len = _own_rank(stage, site.target, options)
+    rank, max_len = _own_rank(stage, site, options)
     slots = OwnSlots(rank.kv, options.prefill_chunk)
     return ModelDrafter(rank, slots, options, max_len=max_len, stage=_origin(stage))
 
@@ -94,7 +99,7 @@ def _swift(stage: StageConfig, site: _Site) -> Drafter:
         return SwiftDrafter(
             site.rank, options, max_len=site.target.max_model_len, stage=_origin(stage), slot_of=site.slot_of
         )
-    rank, max_len = _own_rank(stage, site.target, options)
+    rank, max_len = _own_rank(stage, site, options)
     return SwiftDrafter(rank, options, max_len=max_len, stage=_origin(stage))
 
 
@@ -133,7 +138,7 @@ def _staged(stage: StageConfig, site: _Site) -> Drafter:
     for name, part in (("small", options.small), ("medium", options.medium)):
         defaults = {"name": name, "max_sessions": stage.max_sessions}
         config = parse_config(StageConfig, {**defaults, **part})
-        parts.append(create(config, target=site.target, rank=site.rank, slot_of=site.slot_of))
+        parts.append(create(config, target=site.target, rank=site.rank, slot_of=site.slot_of, recruiter=site.recruiter))
     return StagedDrafter(*parts, small_nodes=options.small_nodes)
 
 
@@ -151,36 +156,42 @@ def _origin(stage: StageConfig) -> Origin:
     return Origin[stage.name.upper()]
 
 
-def _own_rank(stage: StageConfig, target: TargetFacts, options: GrowthOptions) -> tuple[Rank, int]:
-    """Load a rank of the drafter's own; returns it with the positions it can take."""
+def _own_rank(stage: StageConfig, site: _Site, options: GrowthOptions) -> tuple[Rank, int]:
+    """Load a rank of the drafter's own, maybe the first of several; returns it with the positions it can take."""
     from cluster.engine.kernels import choose_kernels
     from cluster.engine.rank import check_window, rank_of
-    from cluster.engine.weights import load_weights, read_config, resolve_model
+    from cluster.engine.tensor_parallel import load_rank
+    from cluster.engine.weights import read_config, resolve_model
     from drafters.distilled import find_draft, load_draft
 
+    target = site.target
     model = stage.model or ModelConfig(source=str(target.folder), dtype=target.dtype)
-    kernels = choose_kernels(model.kernels, model.dtype, model.threads)
-    draft, head_tokens = find_draft(model.source, target.folder), None
+    size, draft = model.tensor_parallel_size, find_draft(model.source, target.folder)
+    if size != 1 and (site.recruiter is None or draft is not None):
+        raise ConfigError(
+            f"model.tensor_parallel_size: {size} is for stages of the drafters' application, and not for distilled"
+            " models; allowed here: 1"
+        )
+    scratch = options.prefill_chunk + options.guess_rows
     if draft is not None:
+        kernels = choose_kernels(model.kernels, model.dtype, model.threads)
         config, weights, head_tokens = load_draft(draft, target.folder, kernels.dtype)
-    else:
-        folder = resolve_model(model.source)
-        config = read_config(folder)
-        if config.vocab_size != target.vocab_size:
-            raise ConfigError(
-                f"model.source: {model.source} has a vocabulary of {config.vocab_size} tokens,"
-                f" the target in {target.folder} one of {target.vocab_size}"
-            )
-        weights = load_weights(folder, config, kernels.dtype)
-    max_len = min(target.max_model_len, config.max_positions, config.sliding_window or target.max_model_len)
-    check_window(config, max_len)
-    rank = rank_of(
-        config,
-        weights,
-        kernels,
-        num_slots=stage.max_sessions,
-        capacity=max_len,
-        scratch=options.prefill_chunk + options.guess_rows,
-        head_tokens=head_tokens,
-    )
-    return rank, max_len
+        max_len = _positions(config, target)
+        check_window(config, max_len)
+        sizes = {"num_slots": stage.max_sessions, "capacity": max_len, "scratch": scratch}
+        return rank_of(config, weights, kernels, **sizes, head_tokens=head_tokens), max_len
+    folder = resolve_model(model.source)
+    config = read_config(folder)
+    if config.vocab_size != target.vocab_size:
+        raise ConfigError(
+            f"model.source: {model.source} has a vocabulary of {config.vocab_size} tokens,"
+            f" the target in {target.folder} one of {target.vocab_size}"
+        )
+    max_len = _positions(config, target)
+    sizes = {"num_slots": stage.max_sessions, "capacity": max_len, "scratch": scratch}
+    return load_rank(folder, model, site.recruiter, **sizes), max_len
+
+
+def _positions(config: DecoderConfig, target: TargetFacts) -> int:
+    """How many a drafter with that model can take."""
+    return min(target.max_model_len, config.max_positions, config.sliding_window or target.max_model_len)

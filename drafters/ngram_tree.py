@@ -37,8 +37,8 @@ class Rules:
 
     ``negligible``: shorter runs are not looked at where all they could give a node is a lower score than this.
     ``chain``: only the likeliest follower of each node, for verifiers that take no trees. In a tree of outcomes,
-    ``outcome_samples`` are looked at per run behind its best path; beside it, shorter runs only while they have at least
-    the part ``beside`` of what is left to say.
+    ``outcome_samples`` are looked at per run behind its best path; beside it, shorter runs only while they have at
+    least the part ``beside`` of what is left to say.
     The numbers are the best of a replay over recorded outputs (``benchmarks/accepted_length.py``).
     """
 

@@ -144,7 +144,9 @@ def test_the_target_and_the_draft_workers_fit_on_the_nodes_that_are_theirs(name:
     service, drafters = cluster_configs(name)
     wanted = service.target["ray_actor_options"]
     kind = "gpu" if "num_gpus" in wanted else "target"
-    assert fits({"CPU": wanted["num_cpus"], "GPU": wanted.get("num_gpus", 0), **wanted.get("resources", {})}, nodes[kind])
+    assert fits(
+        {"CPU": wanted["num_cpus"], "GPU": wanted.get("num_gpus", 0), **wanted.get("resources", {})}, nodes[kind]
+    )
     for stage in drafters.stages:
         (bundle,) = stage.deployment["placement_group_bundles"]
         options = stage.actor_options

@@ -125,12 +125,10 @@ class StageConfig(_Config):
             raise ValueError(f"stage name {self.name!r} is not one of {', '.join(STAGE_NAMES)}")
         return self
 
-    @model_validator(mode="after")
-    def _one_rank(self) -> StageConfig:
-        size = 1 if self.model is None else self.model.tensor_parallel_size
-        if size != 1:
-            raise ValueError(f"model.tensor_parallel_size: {size} is not supported for drafters; allowed: 1")
-        return self
+    @property
+    def num_ranks(self) -> int:
+        """Of the model that the stage names; one where it runs the target's or none."""
+        return 1 if self.model is None else self.model.tensor_parallel_size
 
 
 class ServiceConfig(_Config):
@@ -156,6 +154,12 @@ class ServiceConfig(_Config):
         if self.llm_engine == "vllm" and self.model.tensor_parallel_size != 1:
             size = self.model.tensor_parallel_size
             raise ValueError(f"model.tensor_parallel_size: {size}; under llm_engine vllm it is engine_args' to say")
+        return self
+
+    @model_validator(mode="after")
+    def _local_drafter_of_one_rank(self) -> ServiceConfig:
+        if self.local_drafter is not None and (size := self.local_drafter.num_ranks) != 1:
+            raise ValueError(f"local_drafter.model.tensor_parallel_size: {size} is for remote stages; allowed here: 1")
         return self
 
     @model_validator(mode="after")

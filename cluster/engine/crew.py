@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 
 from cluster.engine.collectives import RankLost
-from cluster.engine.tensor_parallel import RankPlan, follow
+from cluster.engine.tensor_parallel import RankPlan, Recruiter, follow
 
 CLOSE_LIMIT_S = 20.0
 
@@ -47,6 +47,9 @@ class LocalCrew:
             if process.exitcode is None:
                 process.kill()
                 process.join()
+
+
+ON_THIS_MACHINE = Recruiter(LocalCrew)
 
 
 def _obey(plan: RankPlan) -> None:

@@ -1,4 +1,4 @@
-"""A target cut over several ranks: rank 0 drives, the others follow orders. docs/tensor_parallel.md tells the story.
+"""A model cut over several ranks: rank 0 drives, the others follow orders. docs/tensor_parallel.md tells the story.
 
 Rank 0 keeps all bookkeeping and looks like any other ``Rank`` to the verifier and to drafters that run on it. One order
 goes out per step; the others have no state beyond their weights, their keys and their values. How they are started and
@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from cluster.core.config import ModelConfig
 from cluster.core.errors import EngineDied
 from cluster.engine.collectives import LOOPBACK, Address, Meeting, RankGroup, RankLost
 from cluster.engine.decoder import Decoder
@@ -24,7 +25,7 @@ from cluster.engine.kv_cache import KVCache, SlotRows
 from cluster.engine.kv_store import KVStore, Move
 from cluster.engine.model_config import DecoderConfig
 from cluster.engine.orders import Order, decode, encode
-from cluster.engine.rank import Rank, check_window
+from cluster.engine.rank import Rank, build_rank, check_window
 from cluster.engine.rows import lay_out
 from cluster.engine.shard import Shard, check_size
 from cluster.engine.weights import load_weights, read_config
@@ -71,6 +72,14 @@ class Crew(Protocol):
 
 Recruit = Callable[[Sequence[RankPlan]], Crew]
 """Start a rank for each plan, each running ``follow``; returns at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recruiter:
+    """How the other ranks are started, and ``host``, this machine's address as ranks elsewhere reach it."""
+
+    recruit: Recruit
+    host: str = LOOPBACK
 
 
 class MirroredKVCache(KVCache):
@@ -154,6 +163,29 @@ def describe(error: RankLost, crew: Crew) -> str:
     while not (reason := crew.failure()) and time.monotonic() < deadline:
         time.sleep(0.05)
     return f"tensor parallel: {reason or 'a rank does not answer'} ({error})"
+
+
+def load_rank(
+    folder: Path, model: ModelConfig, recruiter: Recruiter | None, *, num_slots: int, capacity: int, scratch: int
+) -> Rank:
+    """A model as its configuration says: on one rank, or the first of several, for which it takes ``recruiter``.
+
+    Raises as ``build_rank`` and ``build_sharded_rank``.
+    """
+    sizes = {"num_slots": num_slots, "capacity": capacity, "scratch": scratch}
+    if model.tensor_parallel_size == 1 or recruiter is None:
+        return build_rank(folder, model.dtype, kernels=model.kernels, threads=model.threads, **sizes)
+    return build_sharded_rank(
+        folder,
+        model.dtype,
+        model.tensor_parallel_size,
+        recruiter.recruit,
+        kernels=model.kernels,
+        threads=model.threads,
+        limit_s=model.rank_limit_s,
+        host=recruiter.host,
+        **sizes,
+    )
 
 
 def build_sharded_rank(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-from cluster.core.errors import Overloaded
+from cluster.core.errors import EngineDied, Overloaded
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import Origin, SamplingParams
 from drafters.base import Ask, Drafter
@@ -19,7 +19,7 @@ ANY_TOKEN = 2**31 - 1
 
 
 class GuardedDrafter:
-    """Raises nothing a drafter raises. A session for which one of its calls failed is dropped; ``holds`` tells."""
+    """Raises next to nothing that a drafter raises. A session for which a call failed is dropped; ``holds`` tells."""
 
     def __init__(self, drafter: Drafter, vocab_size: int | None = None) -> None:
         self.stage: Origin = drafter.stage
@@ -57,7 +57,8 @@ class GuardedDrafter:
     def propose(self, asks: Sequence[Ask], upstream: Mapping[str, TokenTree]) -> dict[str, TokenTree]:
         """Trees that keep a tree's invariants, of those sessions that are held and asked about.
 
-        Where a call for several sessions fails, each is tried alone: one bad session does not cost the others.
+        Where a call for several sessions fails, each is tried alone: one bad session does not cost the others. Raises
+        ``EngineDied`` alone: that is no session's fault, and no call will succeed again.
         """
         asks = [ask for ask in asks if self.holds(ask.session_id)]
         if not asks:
@@ -65,6 +66,8 @@ class GuardedDrafter:
         try:
             found = self._drafter.propose(asks, upstream)
             return {ask.session_id: found[ask.session_id] for ask in asks if self._sound(ask.session_id, found)}
+        except EngineDied:
+            raise
         except Exception:
             if len(asks) == 1:
                 self._drop(asks[0].session_id)

@@ -93,8 +93,8 @@ class Pipeline:
         run_ahead: int = 0,
         outcomes: bool = False,
     ) -> None:
-        """``max_nodes``: of a tree that a round may want; stages are asked for ``run_ahead`` more. ``outcomes``: trees are
-        for a verifier of chains, which asks for the step after and takes whatever is left of them then."""
+        """``max_nodes``: of a tree that a round may want; stages are asked for ``run_ahead`` more. ``outcomes``: trees
+        are for a verifier of chains, which asks for the step after and takes whatever is left of them then."""
         self.stages = tuple(stages)
         self.wanted = 0  # rounds of a session for which its stages were asked ...
         self.cached = 0  # ... and in which the cache had its tree already

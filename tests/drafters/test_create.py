@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 from safetensors.torch import save_file
+from thread_crew import ThreadCrew
 from tiny_models import GREEDY, VOCAB, chain, continuation, random_tokens, tiny_config, tiny_rank, tiny_weights
 
 from cluster.core.config import ModelConfig, StageConfig
 from cluster.core.errors import ConfigError
 from cluster.core.types import Origin
+from cluster.engine.tensor_parallel import Recruiter
 from drafters import Ask, TargetFacts, create
 from drafters.draft_model import ModelDrafter
 from drafters.sssd import SssdDrafter
@@ -67,6 +69,36 @@ def test_a_model_drafter_loads_the_targets_weights_where_it_names_none(facts: Ta
     drafter.begin("s", text, GREEDY, 61)
     tree = drafter.propose([Ask("s", 9, 9)], {})["s"]
     assert len(tree) == 64 - 61 + 1, "the draft model's own 64 positions bound the depth"
+
+
+@pytest.mark.parametrize("kind", ["draft_model", "swift"])
+def test_a_model_drafter_of_two_ranks_gives_one_ranks_trees(facts: TargetFacts, kind: str) -> None:
+    options: dict[str, Any] = {"passes": 5, "min_score": 0.0} | ({"skip": [2, 3]} if kind == "swift" else {})
+    text = random_tokens(0, 31)
+    trees = []
+    for size in (1, 2):
+        model = {"source": str(facts.folder), "dtype": "float64", "tensor_parallel_size": size, "threads": 1}
+        drafter = create(stage(kind, options=options, model=model), target=facts, recruiter=Recruiter(ThreadCrew))
+        assert isinstance(drafter, ModelDrafter)
+        drafter.begin("s", text[:20], GREEDY, 20)
+        drafter.propose([Ask("s", 9, 9)], {})
+        drafter.commit("s", text[20:])
+        trees.append(drafter.propose([Ask("s", 9, 9)], {})["s"])
+        drafter._rank.close()
+    one, two = trees
+    assert (one.tokens.tolist(), one.parents.tolist()) == (two.tokens.tolist(), two.parents.tolist())
+    assert len(one) == 9
+
+
+@pytest.mark.parametrize("drafter", ["draft_model", "staged"])
+def test_several_ranks_need_somebody_to_start_them(facts: TargetFacts, drafter: str) -> None:
+    model = {"source": str(facts.folder), "dtype": "float32", "tensor_parallel_size": 2}
+    config = stage(drafter, model=model)
+    if drafter == "staged":
+        part = {"drafter": "draft_model", "model": model}
+        config = stage("staged", options={"small": {"drafter": "sssd"}, "medium": part})
+    with pytest.raises(ConfigError, match="tensor_parallel_size: 2 is for stages of the drafters' application"):
+        create(config, target=facts)
 
 
 def test_swift_on_the_targets_rank_loads_nothing() -> None:

@@ -1,4 +1,5 @@
-"""A tensor-parallel target as Serve deploys it: placed together, one rank's tokens, replaced whole when a rank dies."""
+"""Tensor-parallel targets and drafters as Serve deploys them: placed together, one rank's tokens, replaced whole when a
+rank dies."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
+from pathlib import Path
 from typing import Any, cast
 
 import grpc
@@ -16,8 +18,12 @@ from tiny import VOCAB, save_tiny_llama
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from cluster.core.config import ServiceConfig
-from cluster.core.types import GenerateRequest, SamplingParams
+from cluster.core.config import DraftersConfig, ServiceConfig, StageConfig
+from cluster.core.token_tree import TokenTree
+from cluster.core.types import Commit, GenerateRequest, SamplingParams, TreeKey, digest_of
+from cluster.rounds.draft_worker import DraftWorker
+from cluster.rounds.messages import DraftAsk, DraftReply, SessionStart, pack, unpack
+from drafters import TargetFacts, create
 from protos import generation_pb2 as pb
 from protos import generation_pb2_grpc
 
@@ -105,3 +111,71 @@ def test_two_ranks_give_one_ranks_tokens_and_a_killed_rank_is_replaced_with_its_
         assert time.monotonic() < deadline
         time.sleep(0.5)
     assert tokens(service) == expected
+
+
+def asked() -> list[DraftAsk]:
+    key = TreeKey("session", 0, len(PROMPT), digest_of(PROMPT))
+    return [DraftAsk(Commit(key, key.base, ()), 8, 4, SessionStart(PROMPT, len(PROMPT), SamplingParams()))]
+
+
+def rank_processes() -> set[int]:
+    found = set[int]()
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError, ValueError):
+            if (entry / "cmdline").read_bytes().startswith(b"ray::RankActor"):
+                found.add(int(entry.name))
+    return found
+
+
+def test_a_drafter_of_two_ranks_drafts_as_one_and_begins_anew_when_a_rank_dies(
+    ray_cluster,  # type: ignore[no-untyped-def]
+    arguments: dict[str, Any],
+) -> None:
+    from ray import serve
+    from ray.exceptions import RayError
+
+    from deployments.app import build_drafters
+
+    model = {**arguments["model"], "name": "draft"}
+    stage = {"name": "medium", "drafter": "draft_model", "model": model, "max_sessions": 2}
+    facts = TargetFacts(VOCAB, 128, Path(model["source"]), "float64")
+    alone = DraftWorker("medium", create(StageConfig.model_validate(stage), target=facts))
+    expected = alone.draft("v", asked()).trees["session"]
+
+    before = rank_processes()
+    sharded = {**stage, "model": {**model, "tensor_parallel_size": 2}, "actor_options": {"num_cpus": 0.2}}
+    config = {"target_model": model, "max_model_len": 128, "stages": [sharded]}
+    assert DraftersConfig.model_validate(config).stages[0].num_ranks == 2
+    serve.run(build_drafters(config), name="wide", route_prefix=None)
+    try:
+        leases = serve.get_deployment_handle("Draft-medium", "wide").options(stream=True).open.remote("v", "session")
+        worker = next(iter(leases)).worker
+
+        def tree() -> TokenTree | None:
+            with suppress(RayError):
+                reply: DraftReply = unpack(serve_get(worker.draft.remote("v", pack(asked()))))
+                return reply.trees.get("session")
+            return None
+
+        def serve_get(ref: Any) -> bytes:
+            import ray
+
+            return cast(bytes, ray.get(ref, timeout=60))
+
+        found = tree()
+        assert found is not None
+        assert (found.tokens.tolist(), found.parents.tolist()) == (expected.tokens.tolist(), expected.parents.tolist())
+        (rank,) = rank_processes() - before
+        os.kill(rank, signal.SIGKILL)
+        deadline = time.monotonic() + 120
+        while (again := tree()) is None or not rank_processes() - before - {rank}:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        assert again.tokens.tolist() == expected.tokens.tolist()
+        leases.cancel()
+    finally:
+        serve.delete("wide")
+    deadline = time.monotonic() + 60
+    while rank_processes() - before:
+        assert time.monotonic() < deadline, "a rank outlived its worker"
+        time.sleep(0.5)
