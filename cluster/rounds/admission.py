@@ -119,11 +119,11 @@ class PrefixCache:
         token_ids: Sequence[int],
         salt: str,
         free: Mapping[int, int],
-        running: Iterable[tuple[int, Sequence[int]]] = (),
+        running: Iterable[tuple[int, Sequence[int], int]] = (),
     ) -> Placement:
         """Where to put a session whose first ``token_ids`` need K/V.
 
-        free: slots, each with its last tenant; not empty. running: (slot, its tokens) of equal salt.
+        free: slots, each with its last tenant; not empty. running: (slot, tokens, of how many there is K/V), of equal salt.
         The longest common prefix is taken over with its slot, unless most of the slot's tokens are others: these may
         be asked for again, so the prefix is copied to the slot least recently used.
         """
@@ -136,7 +136,10 @@ class PrefixCache:
             home = Placement(best, shared.get(best, 0))
         else:
             home = Placement(oldest, shared.get(oldest, 0))
-        shared |= {slot: common_prefix(wanted, np.asarray(tokens, np.int32)) for slot, tokens in running}
+        beginning = token_ids[:MIN_COPY]
+        for slot, tokens, held in running:
+            if held >= MIN_COPY and tokens[:MIN_COPY] == beginning:  # of the others nobody needs to see the whole text
+                shared[slot] = common_prefix(wanted, np.asarray(tokens[: min(held, len(wanted))], np.int32))
         source = max(shared, key=lambda slot: shared[slot], default=home.slot)
         if source != oldest and shared.get(source, 0) >= home.length + MIN_COPY:
             return Placement(oldest, shared[source], source)

@@ -243,7 +243,7 @@ class Scheduler:
             return Placement(next(iter(free)))
         salt = session.request.cache_salt
         alike = (other for other in self._running if other.request.cache_salt == salt)
-        running = [(other.slot, other.tokens[: self._kv.length(other.slot)]) for other in alike]
+        running = ((other.slot, other.tokens, self._kv.length(other.slot)) for other in alike)
         return self._prefixes.place(session.tokens[:-1], salt, free, running)
 
     def _prefill_chunks(self, room: int) -> list[tuple[Session, list[int]]]:

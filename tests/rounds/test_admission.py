@@ -111,10 +111,11 @@ def test_a_prompt_that_shares_little_of_a_slots_tokens_gets_a_copy_and_leaves_th
 def test_a_running_sessions_prefix_is_copied_where_it_is_longer() -> None:
     cache = PrefixCache()
     cache.keep(2, 1, [*CHAT[:50], 7], "")
-    running = [(0, CHAT), (1, OTHER)]
+    running = [(0, CHAT, len(CHAT)), (1, OTHER, len(OTHER))]
     assert cache.place(CHAT, "", free([2, 3]), running) == Placement(3, 100, source=0)
     assert cache.place(CHAT[:60], "", free([2, 3]), running) == Placement(2, 50)
     assert cache.place(CHAT, "", free([2]), running) == Placement(2, 100, source=0)
+    assert cache.place(CHAT, "", free([3]), [(0, CHAT, 30)]) == Placement(3, 30, source=0), "only so far is there K/V"
 
 
 def test_what_another_salt_computed_is_not_found() -> None:
@@ -143,4 +144,4 @@ def test_the_least_recently_used_slot_is_taken_where_nothing_is_shared() -> None
 def test_the_shortest_prompts_need_nothing(tokens: list[int]) -> None:
     cache = PrefixCache()
     cache.keep(0, 1, CHAT, "")
-    assert cache.place(tokens, "", free([0]), [(1, CHAT)]).length == 0
+    assert cache.place(tokens, "", free([0]), [(1, CHAT, len(CHAT))]).length == 0
