@@ -25,7 +25,7 @@ from cluster.core.errors import InvalidTree
 from cluster.core.types import TreeKey
 
 Int32Array = npt.NDArray[np.int32]
-MAX_NODES = 512
+MAX_NODES = 1024
 
 
 def _int32(values: Any) -> Int32Array:

@@ -123,7 +123,8 @@ class PrefixCache:
     ) -> Placement:
         """Where to put a session whose first ``token_ids`` need K/V.
 
-        free: slots, each with its last tenant; not empty. running: (slot, tokens, of how many there is K/V), of equal salt.
+        free: slots, each with its last tenant; not empty. running: (slot, tokens, how many of them have K/V) of equal
+        salt.
         The longest common prefix is taken over with its slot, unless most of the slot's tokens are others: these may
         be asked for again, so the prefix is copied to the slot least recently used.
         """

@@ -33,13 +33,14 @@ GAIN_MEMORY = 0.95
 LATE_AFTER_STEPS = 3.0  # a stage silent for so long is of no use ...
 LATE_AFTER_MIN_S = 0.05  # ... unless steps are this short
 REMEMBERED_CALLS = 1024
+STEP_NODES = 4096  # asked of remote stages for all rows: many rows have smaller trees, that these come in time
 LEARN_EVERY_S = 0.1  # not after each step: a call that wakes a thread may lose its core to it
 MAX_LESSONS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """Stages in other processes, and how many nodes they are asked for by row."""
+    """Stages in other processes, and how many nodes they are asked for by row, at most."""
 
     pipeline: Pipeline
     tree_nodes: int
@@ -260,7 +261,8 @@ class ChainDrafter:
         if self._remote is None or self._remote_use is None or not texts:
             return {}
         pipeline, step_s = self._remote.pipeline, self._times.seconds(rows, 0)
-        self._remote_use.ask([(text, self._remote.tree_nodes) for text in texts])
+        nodes = min(self._remote.tree_nodes, max(1, STEP_NODES // len(texts)))
+        self._remote_use.ask([(text, nodes) for text in texts])
         waiting = sum(pipeline.awaits(text.id, math.inf) for text in texts)
         start = self._clock()
         patience = min(WAIT_SHARE, WAIT_PER_TOKEN * self._gain) * step_s * waiting / len(texts)
