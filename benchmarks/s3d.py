@@ -40,7 +40,8 @@ from drafters.datastore import open_store
 from drafters.options import S3DOptions, SssdOptions
 from drafters.s3d import S3DDrafter
 from drafters.s3d_adapter import S3DAdapter, S3DHeader, S3DShape, find_adapter
-from drafters.shipped_store import find_store, tokenizer_of
+from drafters.shipped import tokenizer_of
+from drafters.shipped_store import find_store
 from drafters.sssd import SssdDrafter
 from drafters.staged import StagedDrafter
 
@@ -143,7 +144,7 @@ def measure_beside(rank: Rank, adapter: S3DAdapter, records: Sequence[Record], a
     store = find_store("default", rank.config.vocab_size, resolve_model(args.model))
     small = SssdDrafter(SssdOptions(), store=open_store(store) if store is not None else None)
     options = S3DOptions(children=args.children)
-    medium = S3DDrafter(rank, adapter, options, max_len=rank.kv.capacity, slot_of=slots.__getitem__)
+    medium = S3DDrafter(rank, adapter, options, max_len=rank.kv.capacity, slot_of=slots.get)
     drafters: dict[str, Drafter] = {"small": small, "medium": medium, "staged": StagedDrafter(small, medium)}
     for nodes in args.beside_nodes:
         row: dict[str, Any] = {"nodes": nodes}
@@ -174,7 +175,7 @@ def measure(rank: Rank, name: str, adapter: S3DAdapter, records: Sequence[Record
     for gamma in [gamma for gamma in args.gammas if gamma <= shape.gamma]:
         slots: dict[str, int] = {}
         options = S3DOptions(gamma=gamma, children=args.children)
-        drafter = S3DDrafter(rank, adapter, options, max_len=rank.kv.capacity, slot_of=slots.__getitem__)
+        drafter = S3DDrafter(rank, adapter, options, max_len=rank.kv.capacity, slot_of=slots.get)
         sizes = [nodes for nodes in args.nodes if nodes >= gamma or nodes == max(args.nodes)]
         took = times(rank, drafter, gamma, slots, [nodes + 1 for nodes in sizes], args.repeats)
         draft_ms, plain_ms = took["draft"], took[1]

@@ -121,7 +121,7 @@ def measure_matchness(
 def replay(rank: CountingRank, records: Sequence[Record], options: SwiftOptions, tokens: int) -> dict[str, float]:
     """The drafter's own rounds on the target's K/V: tokens and passes of a round, first guesses that were right."""
     slots: dict[str, int] = {}
-    drafter = SwiftDrafter(rank, options, max_len=rank.kv.capacity, slot_of=slots.__getitem__)
+    drafter = SwiftDrafter(rank, options, max_len=rank.kv.capacity, slot_of=slots.get)
     rounds = emitted = passes = firsts = 0
     for record in records:
         text, base = record.prompt + record.output[:tokens], len(record.prompt)
@@ -224,7 +224,7 @@ def measure_stream(rank: Rank, records: Sequence[Record], args: argparse.Namespa
     with tempfile.TemporaryDirectory() as start:
         write_set(Path(start) / f"{count}.json", rank.config, uniform_skip(rank.config.num_layers, count), {})
         options = SwiftOptions.model_validate({"skip": f"search:{count}", "sets": start, "max_upstream": 0})
-        drafter = SwiftDrafter(rank, options, max_len=rank.kv.capacity, slot_of=slots.__getitem__)
+        drafter = SwiftDrafter(rank, options, max_len=rank.kv.capacity, slot_of=slots.get)
     assert drafter.learner is not None
     search, clock = drafter.learner.search, time.thread_time
     hours = StudyTime(drafter, clock=clock)

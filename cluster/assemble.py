@@ -16,7 +16,7 @@ from cluster.core.types import STAGE_NAMES, GenerateRequest, ModelInfo, tokenize
 from cluster.engine.crew import ON_THIS_MACHINE
 from cluster.engine.rank import Rank
 from cluster.engine.step_cost import CostCurve, curve_path, kept_curve
-from cluster.engine.tensor_parallel import Recruiter, ShardedRank, load_rank
+from cluster.engine.tensor_parallel import Recruiter, load_rank
 from cluster.engine.verifier import Verifier
 from cluster.engine.weights import eos_token_ids, load_tokenizer, read_config, resolve_model
 from cluster.rounds.detokenize import TextStream, text_of
@@ -48,11 +48,6 @@ class Target:
 
     def text_of(self, request: GenerateRequest) -> TextStream:
         return text_of(self.tokenizer, request)
-
-    @property
-    def rank_pids(self) -> dict[str, int]:
-        """Processes of the other tensor-parallel ranks, by name."""
-        return self.rank.crew.pids if isinstance(self.rank, ShardedRank) else {}
 
     def close(self) -> None:
         """Stop the other tensor-parallel ranks, if there are any."""
@@ -117,7 +112,7 @@ def build_scheduler(
         if "max_sessions" not in local_stage.model_fields_set:  # it serves whatever session runs here
             local_stage = local_stage.model_copy(update={"max_sessions": engine.kv_slots})
         facts = TargetFacts(target.info.vocab_size, target.info.max_model_len, target.folder, target.model.dtype)
-        local = create(local_stage, target=facts, rank=target.rank, slot_of=slots.__getitem__)
+        local = create(local_stage, target=facts, rank=target.rank, slot_of=slots.get)
     pauses = engine.emulated_step_ms / 1e3, engine.emulated_row_ms / 1e3
     verifier, curve = Verifier(target.rank, *pauses), target.curve.slower(*pauses)
     scheduler = Scheduler(engine, verifier, curve, local, pipeline, slots, tracer=tracer)
@@ -172,9 +167,8 @@ def build_engine(
     scheduler = build_scheduler(target, config.engine, local, pipeline, tracer)
 
     def close() -> None:
-        stop = getattr(transport, "stop", None)
-        if stop is not None:
-            stop()
+        if transport is not None:
+            transport.stop()
         if tracer is not None:
             tracer.close()
         target.close()
@@ -188,5 +182,5 @@ def build_engine(
         pipeline,
         close,
         Pace(config.engine.stream_interval_ms / 1e3, config.engine.stream_items_per_s),
-        target.rank_pids,
+        target.rank.peer_pids,
     )

@@ -13,7 +13,6 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -53,9 +52,9 @@ class DraftActor:
         show_logs_in_actor()
         folder = resolve_model(config.target_model.source, log.info, weights=stage.drafter != "sssd")
         facts = TargetFacts(read_config(folder).vocab_size, config.max_model_len, folder, config.target_model.dtype)
-        self._worker = DraftWorker(
-            stage.name, create(stage, target=facts, recruiter=_recruiter(stage.model)), stage.lease_ttl_s
-        )
+        self._crews: list[RayCrew] = []
+        recruiter = _recruiter(stage.model, self._crews) if stage.model and stage.num_ranks > 1 else None
+        self._worker = DraftWorker(stage.name, create(stage, target=facts, recruiter=recruiter), stage.lease_ttl_s)
         self._facts = WorkerFacts(
             stage.name, os.getpid(), PROTOCOL_VERSION, tokenizer_hash(load_tokenizer(folder).get_vocab())
         )
@@ -78,7 +77,18 @@ class DraftActor:
         since = self._computing_since
         if since is not None and time.monotonic() - since > COMPUTE_LIMIT_S:
             raise EngineFailed(f"a draft computation has been running for {time.monotonic() - since:.0f} s")
-        self._compute.submit(self._worker.drop_idle)  # not waited for: drafts may stand before it
+        self._compute.submit(self._look_after)  # not waited for: drafts may stand before it
+
+    def _look_after(self) -> None:
+        self._worker.drop_idle()
+        for crew in self._crews:
+            if reason := crew.failure():
+                self._end(reason)
+
+    def _end(self, reason: object) -> None:
+        """Of this process, for good: Ray restarts it under the same handle."""
+        log.critical("%s: this worker ends, and its successor begins with new ranks", reason)
+        os._exit(1)
 
     async def draft(self, verifier: str, packed: bytes, upstream: bytes | None = None) -> bytes:
         """See ``DraftWorker.draft``. ``upstream`` arrives as the small stage's object ref, resolved by Ray.
@@ -96,8 +106,8 @@ class DraftActor:
                 fresh = [ask for ask, name, state in states if state >= self._newest.get(name, state)]
                 return pack(self._worker.draft(verifier, fresh, None if upstream is None else unpack(upstream)))
             except EngineDied as error:
-                log.critical("%s: this worker ends, and its successor begins with new ranks", error)
-                os._exit(1)
+                self._end(error)
+                raise
             finally:
                 self._computing_since = None
                 self._work = self._work.plus(time.monotonic() - start, len(asks), len(asks) - len(fresh))
@@ -138,7 +148,8 @@ def start_draft_worker(stage: StageConfig, config: DraftersConfig) -> tuple[Any,
     """
     concurrency = CONTROL_CALLS + 2 * stage.max_sessions
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": 0, "max_concurrency": concurrency}
-    if (group := ray.util.get_current_placement_group()) is not None:  # the other bundles are for its ranks
+    if stage.num_ranks > 1:  # the group's other bundles are for the other ranks
+        group = ray.util.get_current_placement_group()
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
     worker = ray.remote(DraftActor).options(**{**options, **stage.actor_options}).remote(stage, config)
     return worker, ray.get(worker.facts.remote())
@@ -197,18 +208,21 @@ def _end_of(run: Any) -> str:
     return "has stopped"
 
 
-def _recruiter(model: ModelConfig | None) -> Recruiter | None:
+def _recruiter(model: ModelConfig, crews: list[RayCrew]) -> Recruiter:
     """Of the actors that are ``model``'s other ranks, which reach this process over the network only if its placement
-    group has several nodes; None where one rank is all."""
-    if model is None or model.tensor_parallel_size == 1:
-        return None
+    group has several nodes. Who was recruited is added to ``crews``."""
     from cluster.engine.collectives import LOOPBACK
     from cluster.engine.tensor_parallel import Recruiter
 
     group = ray.util.get_current_placement_group()
     nodes = set(ray.util.placement_group_table(group)["bundles_to_node_id"].values()) if group is not None else set()
     host = str(ray.util.get_node_ip_address()) if len(nodes) > 1 else LOOPBACK
-    return Recruiter(partial(RayCrew, model.source), host)
+
+    def recruit(plans: Sequence[RankPlan]) -> RayCrew:
+        crews.append(RayCrew(model.source, plans))
+        return crews[-1]
+
+    return Recruiter(recruit, host)
 
 
 def launch_engine(config: ServiceConfig) -> TreeEngine:
@@ -220,7 +234,7 @@ def launch_engine(config: ServiceConfig) -> TreeEngine:
     return build_engine(
         config,
         lambda info: RayDraftTransport(verifier, config.drafters_app, config.remote_stages, info.tokenizer_hash),
-        recruiter=_recruiter(config.model),
+        recruiter=_recruiter(config.model, []),
     )
 
 

@@ -12,19 +12,23 @@ KIND_SHARE = 0.001  # by which Ray asks for an accelerator_type
 STRATEGY = "STRICT_PACK"  # all on one node: they meet 2 * layers times a step; the configuration may say another
 
 
-def rank_placement(actor_options: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """Serve options of a target or a drafter of ``size`` ranks; none for one rank, which needs no placement group.
+def rank_placement(deployment: Mapping[str, Any], actor_options: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """The Serve options ``deployment`` of a target or a drafter of ``size`` ranks, and how its ranks are placed where
+    they do not say it. One rank needs no placement group.
 
-    actor_options: of rank 0. Every rank gets the CPUs, GPUs and memory it asks for;
-    custom resources, which name the node, are asked for once. Raises ``ConfigError`` for ranks that share a GPU.
+    actor_options: of rank 0. Every rank gets the CPUs, GPUs and memory it asks for; custom resources, which name the
+    node, are asked for once. Raises ``ConfigError`` for ranks that share a GPU, and for fewer bundles than ranks.
     """
     if size == 1:
-        return {}
+        return dict(deployment)
     share = _compute(actor_options)
     if (gpus := share.get("GPU", 0.0)) not in (0.0, 1.0):
-        raise ConfigError(f"ray_actor_options.num_gpus: {gpus:g} for each of {size} ranks; allowed: 0 or 1")
+        raise ConfigError(f"num_gpus: {gpus:g} for each of {size} ranks; allowed: 0 or 1")
     bundles = [{**share, **actor_options.get("resources", {})}, *({**share} for _ in range(1, size))]
-    return {"placement_group_bundles": bundles, "placement_group_strategy": STRATEGY}
+    placed = {"placement_group_bundles": bundles, "placement_group_strategy": STRATEGY} | dict(deployment)
+    if (given := len(placed["placement_group_bundles"])) < size:
+        raise ConfigError(f"placement_group_bundles: {given} for {size} ranks; allowed: one for each, or none given")
+    return placed
 
 
 def rank_resources(bundle: Mapping[str, float]) -> dict[str, Any]:

@@ -28,7 +28,8 @@ from cluster.core.errors import (
     InvalidArgument,
     PacelineError,
 )
-from cluster.core.types import GenerateRequest, Health, Load, ModelInfo, StreamItem
+from cluster.core.stats import Health, Load
+from cluster.core.types import GenerateRequest, ModelInfo, StreamItem
 from cluster.engine.kv_cache import KVCache
 from cluster.rounds.detokenize import TextStream
 from cluster.rounds.pacing import Pace, Pacer
@@ -130,7 +131,7 @@ class TreeEngine:
 
     def abort(self, request_id: str, call_id: str = "", epoch: int | None = None) -> bool:
         call = self._calls.get(request_id)
-        if call is None or not call.request.meant(call_id, epoch):
+        if call is None or not call.request.is_meant_by(call_id, epoch):
             return False
         self._inbox.put(partial(self._drop, call, Aborted(f"request {request_id} was aborted")))
         return True
@@ -287,7 +288,7 @@ def check_request(request: GenerateRequest, info: ModelInfo) -> None:
 
     The doors check all of this too, in the client's words.
     """
-    if request.served not in ("", info.served):
+    if request.model_key not in ("", info.model_key):
         raise EngineUnavailable(f"this target serves {info.model}, and the request was made for another model")
     prompt, bias = request.prompt_token_ids, [token for token, _ in request.params.logit_bias]
     if not 0 < len(prompt) < info.max_model_len:

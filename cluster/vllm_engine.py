@@ -29,7 +29,8 @@ from cluster.core.errors import (
     Overloaded,
     PacelineError,
 )
-from cluster.core.types import GenerateRequest, Health, Load, ModelInfo, Origin, StreamItem, tokenizer_hash
+from cluster.core.stats import Health, Load
+from cluster.core.types import GenerateRequest, ModelInfo, Origin, StreamItem, tokenizer_hash
 from cluster.engine.weights import eos_token_ids, load_tokenizer, read_config, resolve_model
 from cluster.rounds.detokenize import text_of
 from cluster.rounds.session import Limits, Session
@@ -138,7 +139,7 @@ class VllmEngine:
 
     def abort(self, request_id: str, call_id: str = "", epoch: int | None = None) -> bool:
         call = self._calls.get(request_id)
-        if call is None or not call.request.meant(call_id, epoch):
+        if call is None or not call.request.is_meant_by(call_id, epoch):
             return False
         call.aborted = True
         self._spawn(self._llm.abort(call.name))

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.core.errors import ConfigError
-from cluster.core.types import EngineStats
+from cluster.core.stats import EngineStats
 from cluster.rounds.buckets import Buckets
 from cluster.rounds.chain_drafter import ChainDrafter, Remote
 from cluster.rounds.local_drafter import LocalDrafter

@@ -57,7 +57,7 @@ def draft_options(stage: StageConfig) -> dict[str, Any]:
     }
     if scaling := stage.deployment.get("autoscaling_config"):
         defaults["autoscaling_config"] = {"policy": {"policy_function": POLICY}, **scaling}
-    return rank_placement(stage.actor_options, stage.num_ranks) | merge(defaults, stage.deployment)
+    return rank_placement(merge(defaults, stage.deployment), {"num_cpus": 0, **stage.actor_options}, stage.num_ranks)
 
 
 def target_options(config: ServiceConfig) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def target_options(config: ServiceConfig) -> dict[str, Any]:
         "ray_actor_options": {"num_cpus": 0.5, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}}},
     }
     options = merge(defaults, config.target)
-    return rank_placement(options["ray_actor_options"], config.model.tensor_parallel_size) | options
+    return rank_placement(options, options["ray_actor_options"], config.model.tensor_parallel_size)
 
 
 def ingress_options(config: ServiceConfig) -> dict[str, Any]:

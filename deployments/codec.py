@@ -190,7 +190,7 @@ class Codec:
             owner=owner_of(asked.authorization, asked.cache_salt),
             trace_parent=asked.trace_parent,
             call_id=uuid.uuid4().hex,
-            served=info.served,
+            model_key=info.model_key,
         )
 
     async def _tokenize(self, asked: ClientRequest) -> tuple[int, ...]:

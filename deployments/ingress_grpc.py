@@ -19,21 +19,13 @@ from grpc_health.v1 import health_pb2
 from ray.serve.grpc_util import RayServegRPCContext
 
 from cluster.core.errors import InvalidArgument, NotFound, PacelineError, TooLarge
-from cluster.core.types import (
-    EngineStats,
-    FinishReason,
-    Load,
-    ModelInfo,
-    Origin,
-    Speculation,
-    SpeculationStats,
-    StreamItem,
-)
+from cluster.core.stats import EngineStats, Load
+from cluster.core.types import FinishReason, ModelInfo, Origin, Speculation, SpeculationStats, StreamItem
 from deployments.codec import INTERNAL, MAX_REQUEST_BYTES, ClientRequest, public_message, status_of
 from deployments.service import Answer, Service, Tally, Usage
 from protos import generation_pb2 as pb
 
-logger = logging.getLogger("ray.serve")
+log = logging.getLogger("ray.serve")
 
 HEALTH_SERVICES = ("", "paceline.v1.Generation")
 FINISH_REASONS = {
@@ -57,9 +49,9 @@ class GrpcDoor:
     async def Generate(self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext) -> pb.GenerateResponse:
         request_id = request.request_id
         try:
-            accepted = await self.service.submit(client_request(request, grpc_context.invocation_metadata()))
-            request_id = accepted.request_id
-            return answer_message(await self.service.collect(accepted), self.service.model)
+            resolved = await self.service.resolve(client_request(request, grpc_context.invocation_metadata()))
+            request_id = resolved.request_id
+            return answer_message(await self.service.collect(resolved), self.service.model)
         except Exception as error:
             _set_status(grpc_context, error, request_id)
             return pb.GenerateResponse()
@@ -69,10 +61,10 @@ class GrpcDoor:
     ) -> AsyncGenerator[pb.StreamItem, None]:
         request_id = request.request_id
         try:
-            accepted = await self.service.submit(client_request(request, grpc_context.invocation_metadata()))
-            request_id = accepted.request_id
+            resolved = await self.service.resolve(client_request(request, grpc_context.invocation_metadata()))
+            request_id = resolved.request_id
             tally = Tally()
-            async with aclosing(self.service.stream(accepted)) as items:
+            async with aclosing(self.service.stream(resolved)) as items:
                 async for item in items:
                     tally.add(item)
                     yield item_message(item, tally)
@@ -135,7 +127,7 @@ class GrpcDoor:
 def _set_status(context: RayServegRPCContext, error: Exception, request_id: str) -> None:
     status = status_of(error)
     if status is INTERNAL:
-        logger.error("request %r failed", request_id, exc_info=error)
+        log.error("request %r failed", request_id, exc_info=error)
     context.set_code(status.grpc)
     context.set_details(public_message(error, request_id))
 

@@ -40,7 +40,7 @@ from deployments.openai_api import (
 )
 from deployments.service import Answer, Service, Tally
 
-logger = logging.getLogger("ray.serve")
+log = logging.getLogger("ray.serve")
 
 
 def build_app(service: Service) -> FastAPI:
@@ -101,12 +101,12 @@ async def answer(service: Service, request: Request, kind: type[CompletionBody] 
         body = parse_body(kind, await read_body(request))
         authorization, trace_parent = (request.headers.get(name, "") for name in ("authorization", "traceparent"))
         asked = replace(body.client_request(), authorization=authorization, trace_parent=trace_parent)
-        accepted = await service.submit(asked)
-        request_id = accepted.request_id
-        envelope = Envelope(kind, accepted, service.model)
+        resolved = await service.resolve(asked)
+        request_id = resolved.request_id
+        envelope = Envelope(kind, resolved, service.model)
         if body.stream:
-            return await open_stream(service.stream(accepted), envelope, body.include_usage)
-        return JSONResponse(envelope.whole(await service.collect(accepted)))
+            return await open_stream(service.stream(resolved), envelope, body.include_usage)
+        return JSONResponse(envelope.whole(await service.collect(resolved)))
     except Exception as error:
         return error_response(error, request_id)
 
@@ -236,7 +236,7 @@ def error_object(error: Exception, request_id: str = "") -> dict[str, Any]:
     """OpenAI's error object; ``code`` is the gRPC status' name in lower case."""
     status = status_of(error)
     if status is INTERNAL:
-        logger.error("request %r failed", request_id, exc_info=error)
+        log.error("request %r failed", request_id, exc_info=error)
     return {
         "error": {
             "message": public_message(error, request_id),

@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from cluster.core.types import Histogram, Load, StageStats
+from cluster.core.stats import Histogram, Load, StageStats
 
 LABELS = ("model_name", "engine")
 

@@ -61,11 +61,11 @@ class Service:
         """Raises ``EngineUnavailable`` until a target has answered."""
         return self.targets.info
 
-    async def submit(self, asked: ClientRequest) -> GenerateRequest:
+    async def resolve(self, asked: ClientRequest) -> GenerateRequest:
         """Resolve and check. Raises ``InvalidArgument`` or ``NotFound``, ``EngineUnavailable`` where no target
         answers in time."""
         patience_s = min(self._limits.timeout_s, asked.timeout_s or self._limits.timeout_s)
-        return await self._codec.encode(asked, await self.targets.known(patience_s))
+        return await self._codec.encode(asked, await self.targets.wait_for_info(patience_s))
 
     def stream(self, request: GenerateRequest) -> AsyncGenerator[StreamItem, None]:
         """Items until the finish, across deaths of targets. Close it to abort the request."""

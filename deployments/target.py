@@ -12,7 +12,8 @@ from ray import serve
 from cluster.core.config import ServiceConfig
 from cluster.core.errors import ConfigError, EngineUnavailable
 from cluster.core.logs import show_logs_in_replica
-from cluster.core.types import Engine, GenerateRequest, Load, ModelInfo, StreamItem
+from cluster.core.stats import Load
+from cluster.core.types import Engine, GenerateRequest, ModelInfo, StreamItem
 
 
 class ClosableEngine(Engine, Protocol):

@@ -19,9 +19,10 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from cluster.core.errors import Aborted, EngineDied, EngineFailed, EngineUnavailable, Overloaded, PacelineError
-from cluster.core.types import GenerateRequest, Load, ModelInfo, StreamItem
+from cluster.core.stats import Load
+from cluster.core.types import GenerateRequest, ModelInfo, StreamItem
 
-logger = logging.getLogger("ray.serve")
+log = logging.getLogger("ray.serve")
 
 REFRESH_S = 1.0
 PROBE_TIMEOUT_S = 2.0
@@ -45,7 +46,7 @@ def typed_error(error: BaseException) -> PacelineError:
         return EngineDied("the target serving this request died")
     if isinstance(error, RayServeException):
         return EngineUnavailable("no target takes requests now")
-    logger.error("unexpected error from a target", exc_info=error)
+    log.error("unexpected error from a target", exc_info=error)
     if isinstance(error, RayError | grpc.RpcError):
         return EngineUnavailable("the target serving this request is out of reach")
     return EngineFailed(f"{type(error).__name__} in the target")
@@ -54,11 +55,11 @@ def typed_error(error: BaseException) -> PacelineError:
 class Targets:
     """All target replicas behind one handle. ``start`` keeps ``info`` and ``serving`` fresh until ``stop``."""
 
-    def __init__(self, handle: DeploymentHandle, served: str) -> None:
-        """``served``: the doors' own model (``ModelInfo.served``); targets of another one, which this one replaces or
-        which replaces it, are as good as none."""
+    def __init__(self, handle: DeploymentHandle, model_key: str) -> None:
+        """``model_key``: of the doors' own model (``ModelInfo.model_key``); targets of another one, which this one
+        replaces or which replaces it, are as good as none."""
         self._handle = handle
-        self._served = served
+        self._model_key = model_key
         # Items travel inline: a third less CPU per item than as object refs.
         self._streaming = handle.options(method_name="generate", stream=True, _by_reference=False)
         self._info: ModelInfo | None = None
@@ -78,7 +79,7 @@ class Targets:
             raise EngineUnavailable("no target is serving yet: loading")
         return self._info
 
-    async def known(self, timeout_s: float) -> ModelInfo:
+    async def wait_for_info(self, timeout_s: float) -> ModelInfo:
         """``info``, once a target has answered. Raises ``EngineUnavailable`` where none does within ``timeout_s``."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s), aclosing(self.watch()) as states:
@@ -143,7 +144,7 @@ class Targets:
             raise EngineUnavailable(f"no target answered within {timeout_s:g} s") from None
         except Exception as error:
             raise typed_error(error) from None
-        if info.served != self._served:
+        if info.model_key != self._model_key:
             raise EngineUnavailable(f"the target that answered serves another model, {info.model}")
         self._info = info
 
@@ -172,7 +173,7 @@ class Targets:
         for answer in late:
             answer.cancel()
         if late:
-            logger.warning("%d of %d targets did not answer %s in %g s", len(late), len(answers), method, timeout_s)
+            log.warning("%d of %d targets did not answer %s in %g s", len(late), len(answers), method, timeout_s)
         return [answer.result() for answer in done if not answer.cancelled() and answer.exception() is None]
 
     async def _refresh_forever(self) -> None:
@@ -181,7 +182,7 @@ class Targets:
             answers: list[ModelInfo] = []
             with contextlib.suppress(PacelineError):
                 answers = await self._broadcast("info", timeout_s=PROBE_TIMEOUT_S)
-            answers = [info for info in answers if info.served == self._served]
+            answers = [info for info in answers if info.model_key == self._model_key]
             if answers:
                 self._info = answers[0]
             self._set_serving(bool(answers))

@@ -14,7 +14,15 @@ from cluster.core.config import Dtype, ModelConfig, StageConfig, parse_config
 from cluster.core.errors import ConfigError
 from cluster.core.types import Origin
 from drafters.base import Ask, Drafter
-from drafters.options import GrowthOptions, MlpOptions, S3DOptions, SssdOptions, StagedOptions, SwiftOptions
+from drafters.options import (
+    DraftModelOptions,
+    GrowthOptions,
+    MlpOptions,
+    S3DOptions,
+    SssdOptions,
+    StagedOptions,
+    SwiftOptions,
+)
 
 if TYPE_CHECKING:
     from cluster.engine.model_config import DecoderConfig
@@ -40,7 +48,7 @@ class _Site:
 
     target: TargetFacts
     rank: Rank | None
-    slot_of: Callable[[str], int] | None
+    slot_of: Callable[[str], int | None] | None
     recruiter: Recruiter | None
 
 
@@ -49,12 +57,12 @@ def create(
     *,
     target: TargetFacts,
     rank: Rank | None = None,
-    slot_of: Callable[[str], int] | None = None,
+    slot_of: Callable[[str], int | None] | None = None,
     recruiter: Recruiter | None = None,
 ) -> Drafter:
     """The drafter a stage's configuration names, its weights loaded.
 
-    ``rank`` and ``slot_of`` (session id -> the target's slot, KeyError where it has none) are given together, in the
+    ``rank`` and ``slot_of`` (session id -> the target's slot, None where it has none) are given together, in the
     target's process: a drafter that is the target in disguise then runs there, without weights of its own. Without
     ``recruiter`` a model drafter has one rank.
     Raises ``ConfigError`` for an unknown option, a wrong value, or a vocabulary that is not the target's.
@@ -85,10 +93,25 @@ def _sssd(stage: StageConfig, site: _Site) -> Drafter:
 def _draft_model(stage: StageConfig, site: _Site) -> Drafter:
     from drafters.draft_model import ModelDrafter, OwnSlots
 
-    options = parse_config(GrowthOptions, stage.options)
-    rank, max_len = _own_rank(stage, site, options)
+    options = parse_config(DraftModelOptions, stage.options)
+    rank, max_len = _own_rank(stage, site, options, any_vocabulary=options.translate)
     slots = OwnSlots(rank.kv, options.prefill_chunk)
-    return ModelDrafter(rank, slots, options, max_len=max_len, stage=_origin(stage))
+    drafter = ModelDrafter(rank, slots, options, max_len=max_len, stage=_origin(stage))
+    return _translated(drafter, stage, site) if options.translate else drafter
+
+
+def _translated(drafter: Drafter, stage: StageConfig, site: _Site) -> Drafter:
+    from cluster.engine.weights import resolve_model
+    from drafters.shipped import read_tokenizer
+    from drafters.translated import TranslatedDrafter
+
+    if stage.model is None:
+        raise ConfigError("translate: the stage names no model of its own; allowed: false")
+    folders = resolve_model(stage.model.source), site.target.folder
+    own, target = map(read_tokenizer, folders)
+    if own is None or target is None:
+        raise ConfigError(f"translate: {folders[own is not None]} has no tokenizer.json")
+    return TranslatedDrafter(drafter, own, target, site.target.vocab_size)
 
 
 def _swift(stage: StageConfig, site: _Site) -> Drafter:
@@ -106,15 +129,14 @@ def _swift(stage: StageConfig, site: _Site) -> Drafter:
 def _s3d(stage: StageConfig, site: _Site) -> Drafter:
     from drafters.s3d import S3DDrafter
     from drafters.s3d_adapter import S3DAdapter, find_adapter
-    from drafters.shipped_store import tokenizer_of
+    from drafters.shipped import tokenizer_of
 
     options = parse_config(S3DOptions, stage.options)
-    if site.rank is None or site.slot_of is None:
-        raise ConfigError("drafter: s3d runs in the target's process alone; allowed: local_drafter, or a stage of it")
-    folder = find_adapter(options.adapter, site.rank.config, site.target.folder)
-    adapter = S3DAdapter.load(folder, site.rank.config, tokenizer_of(site.target.folder))
+    rank, slot_of = _targets_rank(stage, site)
+    folder = find_adapter(options.adapter, rank.config, site.target.folder)
+    adapter = S3DAdapter.load(folder, rank.config, tokenizer_of(site.target.folder))
     max_len = site.target.max_model_len
-    return S3DDrafter(site.rank, adapter, options, max_len=max_len, slot_of=site.slot_of, stage=_origin(stage))
+    return S3DDrafter(rank, adapter, options, max_len=max_len, slot_of=slot_of, stage=_origin(stage))
 
 
 def _mlp_speculator(stage: StageConfig, site: _Site) -> Drafter:
@@ -122,12 +144,9 @@ def _mlp_speculator(stage: StageConfig, site: _Site) -> Drafter:
     from drafters.mlp_speculator import MlpSpeculator, load_mlp
 
     options = parse_config(MlpOptions, stage.options)
-    if site.rank is None or site.slot_of is None:
-        raise ConfigError(
-            "drafter: mlp_speculator runs in the target's process alone; allowed: local_drafter, or a stage of it"
-        )
-    head = load_mlp(find_head(options.head, site.target.folder), site.target.folder, site.rank)
-    return MlpSpeculator(site.rank, site.slot_of, head, options, stage=_origin(stage))
+    rank, slot_of = _targets_rank(stage, site)
+    head = load_mlp(find_head(options.head, site.target.folder), site.target.folder, rank)
+    return MlpSpeculator(rank, slot_of, head, options, stage=_origin(stage))
 
 
 def _staged(stage: StageConfig, site: _Site) -> Drafter:
@@ -138,7 +157,7 @@ def _staged(stage: StageConfig, site: _Site) -> Drafter:
     for name, part in (("small", options.small), ("medium", options.medium)):
         defaults = {"name": name, "max_sessions": stage.max_sessions}
         config = parse_config(StageConfig, {**defaults, **part})
-        parts.append(create(config, target=site.target, rank=site.rank, slot_of=site.slot_of, recruiter=site.recruiter))
+        parts.append(create(config, target=site.target, rank=site.rank, slot_of=site.slot_of))
     return StagedDrafter(*parts, small_nodes=options.small_nodes)
 
 
@@ -156,7 +175,17 @@ def _origin(stage: StageConfig) -> Origin:
     return Origin[stage.name.upper()]
 
 
-def _own_rank(stage: StageConfig, site: _Site, options: GrowthOptions) -> tuple[Rank, int]:
+def _targets_rank(stage: StageConfig, site: _Site) -> tuple[Rank, Callable[[str], int | None]]:
+    if site.rank is None or site.slot_of is None:
+        raise ConfigError(
+            f"drafter: {stage.drafter} runs in the target's process alone; allowed: local_drafter, or a stage of it"
+        )
+    return site.rank, site.slot_of
+
+
+def _own_rank(
+    stage: StageConfig, site: _Site, options: GrowthOptions, any_vocabulary: bool = False
+) -> tuple[Rank, int]:
     """Load a rank of the drafter's own, maybe the first of several; returns it with the positions it can take."""
     from cluster.engine.kernels import choose_kernels
     from cluster.engine.rank import check_window, rank_of
@@ -169,8 +198,8 @@ def _own_rank(stage: StageConfig, site: _Site, options: GrowthOptions) -> tuple[
     size, draft = model.tensor_parallel_size, find_draft(model.source, target.folder)
     if size != 1 and (site.recruiter is None or draft is not None):
         raise ConfigError(
-            f"model.tensor_parallel_size: {size} is for stages of the drafters' application, and not for distilled"
-            " models; allowed here: 1"
+            f"model.tensor_parallel_size: {size} is for remote stages of one stock model, neither distilled nor a part"
+            " of a staged drafter; allowed here: 1"
         )
     scratch = options.prefill_chunk + options.guess_rows
     if draft is not None:
@@ -182,10 +211,10 @@ def _own_rank(stage: StageConfig, site: _Site, options: GrowthOptions) -> tuple[
         return rank_of(config, weights, kernels, **sizes, head_tokens=head_tokens), max_len
     folder = resolve_model(model.source)
     config = read_config(folder)
-    if config.vocab_size != target.vocab_size:
+    if config.vocab_size != target.vocab_size and not any_vocabulary:
         raise ConfigError(
-            f"model.source: {model.source} has a vocabulary of {config.vocab_size} tokens,"
-            f" the target in {target.folder} one of {target.vocab_size}"
+            f"model.source: {model.source} has a vocabulary of {config.vocab_size} tokens, the target in"
+            f" {target.folder} one of {target.vocab_size}; a draft_model with the option translate may"
         )
     max_len = _positions(config, target)
     sizes = {"num_slots": stage.max_sessions, "capacity": max_len, "scratch": scratch}

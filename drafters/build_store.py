@@ -28,7 +28,7 @@ import numpy as np
 from cluster.core.errors import ConfigError, PacelineError
 from cluster.engine.weights import load_tokenizer, read_config, resolve_model
 from drafters.datastore import INDEX, TEXT, StoreHeader, join, text_type, write_index
-from drafters.shipped_store import tokenizer_of
+from drafters.shipped import tokenizer_of
 
 REPORT_EVERY = 200_000  # tokens
 

@@ -26,7 +26,7 @@ from cluster.core.disk_cache import cache_folder
 from cluster.core.errors import ConfigError
 from drafters.suffix_array import suffix_array
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 TEXT, INDEX, HEADER = "text.bin", "index.bin", "header.json"
@@ -165,7 +165,7 @@ def open_store(folder: Path) -> Datastore:
     text = _text(folder, header)
     path = _index_path(folder, header)
     if not path.exists():
-        logger.info("store: making the index of %s", folder)
+        log.info("store: making the index of %s", folder)
         write_index(text, header.vocab_size, path)
     return Datastore(text, np.memmap(path, np.int32, "r"), header.vocab_size)
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from cluster.core.errors import ConfigError
 from cluster.engine.model_config import DecoderConfig, read_config
 from cluster.engine.weights import load_weights
-from drafters.shipped_store import ARTIFACTS, DEFAULT, tokenizer_of
+from drafters.shipped import ARTIFACTS, DEFAULT, tokenizer_of
 
 HEADER = "draft.json"
 TENSORS = "draft.safetensors"

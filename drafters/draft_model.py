@@ -131,7 +131,7 @@ class ModelDrafter:
     def propose(self, asks: Sequence[Ask], upstream: Mapping[str, TokenTree]) -> dict[str, TokenTree]:
         sessions = [self._session(ask.session_id) for ask in asks]
         work: list[tuple[_Session, Plot]] = []
-        late: list[tuple[str, SlotRows]] = []
+        behind: list[tuple[str, SlotRows]] = []
         for ask, session in zip(asks, sessions):
             slot = self._slots.slot(ask.session_id)
             if slot is None or not 0 < len(session.tokens) <= self._max_len:
@@ -141,8 +141,8 @@ class ModelDrafter:
             if len(lead) <= self._slots.max_lead:
                 work.append((session, self._plot(ask, session, slot, lead, upstream)))
             elif self._slots.prefills:
-                late.append((ask.session_id, _chunk(slot, lead[: self._slots.max_lead])))
-        self._prefill(late)
+                behind.append((ask.session_id, _chunk(slot, lead[: self._slots.max_lead])))
+        self._prefill(behind)
         if work:
             grow(self._rank, [plot for _, plot in work], self._options, self._lead_skip, self._skip)
         for session, plot in work:
@@ -184,12 +184,12 @@ class ModelDrafter:
         growth = Growth(ask.max_nodes, max_depth, hints, self._options, self.stage)
         return Plot(ask.session_id, slot, lead, base, session.params, session.history, growth)
 
-    def _prefill(self, late: Sequence[tuple[str, SlotRows]]) -> None:
+    def _prefill(self, behind: Sequence[tuple[str, SlotRows]]) -> None:
         """Compute one chunk of committed tokens for each session that lags behind, in the full model."""
-        if not late:
+        if not behind:
             return
-        self._rank.forward([rows for _, rows in late], skip=self._lead_skip)
-        for session_id, rows in late:
+        self._rank.forward([rows for _, rows in behind], skip=self._lead_skip)
+        for session_id, rows in behind:
             self._slots.keep(session_id, range(len(rows.tokens)))
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from drafters.datastore import Datastore
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 GROWTH = 0.25  # an index is made anew when this share of its text is new
 
@@ -95,7 +95,7 @@ class LiveStores:
             try:
                 store = Datastore.of(documents, self._vocab_size)
             except Exception:  # the thread must live: other owners wait for theirs
-                logger.exception("live store: an owner's index could not be made")
+                log.exception("live store: an owner's index could not be made")
                 continue
             with self._lock:
                 owned.store = store

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cluster.core.errors import ConfigError
-from drafters.shipped_store import ARTIFACTS, DEFAULT, tokenizer_of
+from drafters.shipped import ARTIFACTS, DEFAULT, tokenizer_of
 
 HEADER = "head.json"
 TENSORS = "head.safetensors"

@@ -45,13 +45,13 @@ class _Plot:
 class MlpSpeculator(Follower):
     """Drafts for many sessions on one rank's hidden states.
 
-    slot_of: session id -> the target's slot, KeyError where it has none. head: see ``load_mlp``.
+    slot_of: session id -> the target's slot, None where it has none. head: see ``load_mlp``.
     """
 
     def __init__(
         self,
         rank: Rank,
-        slot_of: Callable[[str], int],
+        slot_of: Callable[[str], int | None],
         head: tuple[MlpForward, torch.Tensor],
         options: MlpOptions,
         *,
@@ -86,10 +86,8 @@ class MlpSpeculator(Follower):
 
     def _state(self, session_id: str, session: Followed) -> torch.Tensor | None:
         """What decided the session's newest token; None before the target has decided one in its present slot."""
-        try:
-            tip = self._tips.get(self._slot_of(session_id))
-        except KeyError:
-            return None
+        slot = self._slot_of(session_id)
+        tip = None if slot is None else self._tips.get(slot)
         return tip.features if tip is not None and tip.length == len(session.tokens) else None
 
     def _grow(self, plots: Sequence[_Plot]) -> None:

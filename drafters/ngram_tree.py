@@ -39,7 +39,8 @@ class Rules:
     ``chain``: only the likeliest follower of each node, for verifiers that take no trees. In a tree of outcomes,
     ``outcome_samples`` are looked at per run behind its best path; beside it, shorter runs only while they have at
     least the part ``beside`` of what is left to say.
-    The numbers are the best of a replay over recorded outputs (``benchmarks/accepted_length.py``).
+    The numbers are the best of replays over recorded outputs (``benchmarks/accepted_length.py``; of outcomes:
+    docs/log.md).
     """
 
     query: int = 4

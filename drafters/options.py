@@ -45,6 +45,14 @@ class GrowthOptions(_Options):
         return self.max_upstream + self.passes * self.expand_per_pass
 
 
+class DraftModelOptions(GrowthOptions):
+    """``translate``: see ``drafters/translated.py``."""
+
+    translate: bool = Field(
+        default=False, description="guess through text, for a draft model whose tokenizer is not the target's"
+    )
+
+
 class SwiftOptions(GrowthOptions):
     """``skip``: sub-layers left out (2 * layer: attention, 2 * layer + 1: MLP), or how to choose them:
     ``uniform:COUNT`` an even spread, ``found:COUNT`` the set found beforehand (``drafters/training/search_skip.py``),

@@ -45,7 +45,7 @@ class _Draft:
 class S3DDrafter(Follower):
     """Drafts for many sessions with one pass over the target's rank.
 
-    slot_of: session id -> the target's slot, KeyError where it has none. max_len: positions the target can take.
+    slot_of: session id -> the target's slot, None where it has none. max_len: positions the target can take.
     Raises ``ConfigError`` for a rank of several, for a gamma beyond what the adapter was trained for, and for more rows
     than the engine has.
     """
@@ -57,7 +57,7 @@ class S3DDrafter(Follower):
         options: S3DOptions,
         *,
         max_len: int,
-        slot_of: Callable[[str], int],
+        slot_of: Callable[[str], int | None],
         stage: Origin = Origin.MEDIUM,
     ) -> None:
         super().__init__()
@@ -98,9 +98,8 @@ class S3DDrafter(Follower):
 
     def _plan(self, ask: Ask, session: Followed, hint: TokenTree | None) -> _Draft | None:
         base = len(session.tokens)
-        try:
-            slot = self._slot_of(ask.session_id)
-        except KeyError:
+        slot = self._slot_of(ask.session_id)
+        if slot is None:
             return None
         if not 0 < base <= self._max_len or self._rank.kv.length(slot) != base - 1:
             return None

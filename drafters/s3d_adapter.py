@@ -19,10 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from cluster.core.errors import ConfigError
 from cluster.engine.model_config import DecoderConfig
-from drafters.shipped_store import tokenizer_of
+from drafters.shipped import ARTIFACTS, DEFAULT, tokenizer_of
 
-ARTIFACTS = Path(__file__).with_name("artifacts")
-DEFAULT = "default"
 HEADER, TENSORS, FORMAT = "header.json", "adapter.safetensors", 1
 
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from pathlib import Path
 
-from cluster.core.errors import ConfigError
-from cluster.core.types import tokenizer_hash
 from drafters.datastore import StoreHeader
+from drafters.shipped import ARTIFACTS, DEFAULT, tokenizer_of
 
-logger = logging.getLogger(__name__)
-
-ARTIFACTS = Path(__file__).with_name("artifacts")
-DEFAULT = "default"
+log = logging.getLogger(__name__)
 
 
 def find_store(name: str, vocab_size: int, model_folder: Path) -> Path | None:
@@ -31,19 +26,5 @@ def find_store(name: str, vocab_size: int, model_folder: Path) -> Path | None:
         header = StoreHeader.read(folder)
         if header.vocab_size == vocab_size and header.tokenizer_hash == tokenizer_of(model_folder):
             return folder
-    logger.info("store: none is shipped for the tokenizer of %s", model_folder)
+    log.info("store: none is shipped for the tokenizer of %s", model_folder)
     return None
-
-
-@functools.cache
-def tokenizer_of(model_folder: Path) -> str | None:
-    """The ``tokenizer_hash`` of a model's folder, without transformers; None where it has no ``tokenizer.json``."""
-    path = model_folder / "tokenizer.json"
-    if not path.is_file():
-        return None
-    from tokenizers import Tokenizer
-
-    try:
-        return tokenizer_hash(Tokenizer.from_file(str(path)).get_vocab())
-    except Exception as error:  # the library raises plain Exception
-        raise ConfigError(f"model.source: {path} does not load: {error}") from None

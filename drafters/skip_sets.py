@@ -13,11 +13,10 @@ from typing import Any
 
 from cluster.core.errors import ConfigError
 from cluster.engine.model_config import DecoderConfig
+from drafters.shipped import ARTIFACTS, DEFAULT
 
 log = logging.getLogger(__name__)
 
-ARTIFACTS = Path(__file__).with_name("artifacts")
-DEFAULT = "default"
 SHAPE = ("num_layers", "hidden_size", "vocab_size")
 
 

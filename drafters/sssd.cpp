@@ -209,7 +209,7 @@ class Grower {
     void add_store(const Store& store, Range range, int length, double each, int samples) {
         const int64_t size = range.size();
         if (size <= 0) return;
-        const int64_t taken = std::min<int64_t>(size, samples);
+        const int64_t taken = std::min<int64_t>({size, samples, kMaxSamples});
         each *= std::min<double>(size, rules_.store_cap) / taken;
         int32_t tokens[kMaxSamples];
         for (int64_t i = 0; i < taken; ++i) {

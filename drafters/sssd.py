@@ -23,7 +23,7 @@ from drafters.ngram_tree import PlainIndex, Rules, SessionIndex
 from drafters.options import SssdOptions
 from drafters.sssd_native import NativeIndex, library
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 PROMPT_TAIL = 3  # prompt tokens kept before an output in a live store, so that its beginning can be found
 
@@ -125,6 +125,6 @@ def _index_kind() -> Callable[[Rules], SessionIndex]:
     try:
         library()
     except NativeUnavailable as error:
-        logger.warning("sssd: look-up in Python, many times slower: %s", error)
+        log.warning("sssd: look-up in Python, many times slower: %s", error)
         return PlainIndex
     return NativeIndex

@@ -33,22 +33,19 @@ from drafters.skip_sets import find_set
 
 
 class TargetSlots:
-    """The target's slots, borrowed between verify steps. ``slot_of`` raises KeyError where a session has none."""
+    """The target's slots, borrowed between verify steps. ``slot_of``: None where a session has none."""
 
     max_lead = 1
     prefills = False
 
-    def __init__(self, slot_of: Callable[[str], int]) -> None:
+    def __init__(self, slot_of: Callable[[str], int | None]) -> None:
         self._slot_of = slot_of
 
     def begin(self, session_id: str, token_ids: Sequence[int], held: Sequence[int]) -> None:
         """The target has allocated the slot."""
 
     def slot(self, session_id: str) -> int | None:
-        try:
-            return self._slot_of(session_id)
-        except KeyError:
-            return None
+        return self._slot_of(session_id)
 
     def keep(self, session_id: str, rows: Sequence[int]) -> None:
         """The verifier commits; what is in the scratch is void."""
@@ -67,7 +64,7 @@ class SwiftDrafter(ModelDrafter):
         *,
         max_len: int,
         stage: Origin = Origin.MEDIUM,
-        slot_of: Callable[[str], int] | None = None,
+        slot_of: Callable[[str], int | None] | None = None,
     ) -> None:
         if slot_of is not None and rank.kv.scratch < options.guess_rows + 1:
             raise ConfigError(

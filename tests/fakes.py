@@ -187,6 +187,9 @@ class InProcessTransport:
             with self._lock:
                 self.placed.pop((session_id, stage), self.workers[stage]).end("test", session_id)
 
+    def stop(self) -> None:
+        pass
+
     def leases(self) -> dict[str, int]:
         return {stage: sum(stage in stages for stages in self._open.values()) for stage in self.workers}
 

@@ -14,7 +14,7 @@ from benchmarks.simulation.target import shape_of
 from cluster.core.accept import Accepted
 from cluster.core.errors import EngineFailed
 from cluster.engine.step_cost import CostCurve
-from cluster.engine.verifier import Prefill, StepTimes, Verifier, Verify
+from cluster.engine.verifier import Prefill, Verifier, Verify, VerifySpent
 from cluster.rounds.governor import RoundSpent, Shape
 from cluster.rounds.scheduler import Scheduler
 
@@ -63,7 +63,7 @@ class Watch:
 
         def noted(
             prefills: Sequence[Prefill], verifies: Sequence[Verify]
-        ) -> tuple[list[Accepted | EngineFailed], StepTimes]:
+        ) -> tuple[list[Accepted | EngineFailed], VerifySpent]:
             self._shape = shape_of(prefills, verifies, verifier.rank.kv.length)
             return step(prefills, verifies)
 

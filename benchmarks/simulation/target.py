@@ -18,7 +18,7 @@ from benchmarks.simulation.virtual_time import Arrivals, EventLoop, Process
 from cluster.core.accept import Accepted
 from cluster.core.config import EngineConfig
 from cluster.core.types import GenerateRequest, Origin, SamplingParams
-from cluster.engine.verifier import Prefill, StepTimes, Verifier, Verify
+from cluster.engine.verifier import Prefill, Verifier, Verify, VerifySpent
 from cluster.rounds.calibration import emitted_path
 from cluster.rounds.detokenize import TextStream
 from cluster.rounds.gate import AskGate
@@ -83,14 +83,14 @@ class SimulatedVerifier:
     ) -> None:
         self.rank = _Rank(kv)
         self.entered = 0.0
-        self.spent = StepTimes(0.0, 0.0)
+        self.spent = VerifySpent(0.0, 0.0)
         self.seconds = 0.0
         self._price = price
         self._sleep = sleep
         self._clock = clock
         self._random = np.random.default_rng(seed)
 
-    def step(self, prefills: Sequence[Prefill], verifies: Sequence[Verify]) -> tuple[list[Accepted], StepTimes]:
+    def step(self, prefills: Sequence[Prefill], verifies: Sequence[Verify]) -> tuple[list[Accepted], VerifySpent]:
         kv = self.rank.kv
         shape = shape_of(prefills, verifies, kv.length)
         self._sleep(self._price.choose(shape.sessions))
@@ -98,7 +98,7 @@ class SimulatedVerifier:
         forward = self._price.forward(shape)
         if self._price.noise:
             forward *= float(np.exp(self._price.noise * self._random.standard_normal()))
-        self.spent = StepTimes(forward, self._price.commit(shape))
+        self.spent = VerifySpent(forward, self._price.commit(shape))
         self.seconds += forward
         self._sleep(self.spent.forward + self.spent.accept)
         for chunk in prefills:

@@ -72,6 +72,9 @@ class SimulatedTransport:
             if worker is not None:
                 self._let_go(session_id, stage, worker)
 
+    def stop(self) -> None:
+        """Nothing runs beside the simulation."""
+
     def drop(self, worker: SimulatedWorker) -> None:
         """The worker is gone for good: its sessions get others."""
         for place in [place for place, other in self._workers.items() if other is worker]:

@@ -15,6 +15,7 @@ from cluster.core.types import STAGE_NAMES
 
 Dtype = Literal["bfloat16", "float32", "float64"]
 DrafterName = Literal["sssd", "draft_model", "swift", "s3d", "mlp_speculator", "staged"]
+OF_SEVERAL_RANKS = ("draft_model", "swift")
 
 
 C = TypeVar("C", bound=BaseModel)
@@ -49,7 +50,7 @@ class EngineConfig(_Config):
     kv_slots: int = Field(default=8, ge=1, description="sessions that run at once")
     max_waiting: int = Field(default=64, ge=0, description="sessions that may wait for a slot before 429")
     max_nodes: int = Field(default=24, ge=0, le=256, description="nodes of one session's tree, at most")
-    max_rows: int = Field(default=64, ge=8, description="rows of one step: tree nodes plus prefill tokens")
+    max_rows: int = Field(default=64, ge=8, description="rows of one step: roots, tree nodes and prefill tokens")
     prefill_chunk: int = Field(
         default=256, ge=1, description="prefill tokens of one session in one step, at most; never more than max_rows"
     )
@@ -123,6 +124,12 @@ class StageConfig(_Config):
     def _known_name(self) -> StageConfig:
         if self.name not in STAGE_NAMES:
             raise ValueError(f"stage name {self.name!r} is not one of {', '.join(STAGE_NAMES)}")
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_of_a_model(self) -> StageConfig:
+        if self.num_ranks != 1 and self.drafter not in OF_SEVERAL_RANKS:
+            raise ValueError(f"model.tensor_parallel_size: {self.num_ranks} is not for {self.drafter}; allowed: 1")
         return self
 
     @property

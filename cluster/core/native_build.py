@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cluster.core.disk_cache import cache_folder
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class NativeUnavailable(Exception):
@@ -36,7 +36,7 @@ def build_library(sources: Sequence[Path], flags: Sequence[str], machine: Sequen
     compiler = shutil.which("g++")
     if compiler is None:
         raise NativeUnavailable("no g++ was found")
-    logger.info("compiling %s", sources[0].name)
+    log.info("compiling %s", sources[0].name)
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         library = f"{work}/library.so"
         command = [compiler, *flags, str(sources[0]), "-o", library]

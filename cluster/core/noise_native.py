@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from cluster.core.native_build import NativeUnavailable, build_library
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared")
 
@@ -24,7 +24,7 @@ def library() -> ctypes.CDLL | None:
     try:
         loaded = ctypes.CDLL(str(build_library((Path(__file__).with_name("philox.cpp"),), FLAGS)))
     except (NativeUnavailable, OSError) as error:
-        logger.info("noise is drawn by numpy: %s", error)
+        log.info("noise is drawn by numpy: %s", error)
         return None
     loaded.philox_blocks.argtypes = (
         *(ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32),

@@ -187,25 +187,3 @@ class TokenTree:
         if max_depth is not None:
             order = order[self.depths()[order] <= max_depth]
         return self.take(np.sort(order[:max_nodes]))
-
-    def merge(self, other: TokenTree) -> TokenTree:
-        """The union of two trees of the same key. A path in both keeps the larger score and the first one's stage."""
-        if self.key != other.key:
-            raise ValueError(f"cannot merge trees of {self.key} and {other.key}")
-        tokens, parents = self.tokens.tolist(), self.parents.tolist()
-        scores, stages = self.scores.tolist(), self.stages.tolist()
-        index = {(parent, token): node for node, (parent, token) in reversed(list(enumerate(zip(parents, tokens))))}
-        moved: list[int] = []
-        for token, parent, score, stage in zip(other.tokens, other.parents, other.scores, other.stages):
-            place = (moved[parent] if parent >= 0 else -1, int(token))
-            node = index.get(place)
-            if node is None:
-                node = index[place] = len(tokens)
-                tokens.append(place[1])
-                parents.append(place[0])
-                scores.append(float(score))
-                stages.append(int(stage))
-            else:
-                scores[node] = max(scores[node], float(score))
-            moved.append(node)
-        return TokenTree.build(tokens, parents, scores, stages, self.key)

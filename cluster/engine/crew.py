@@ -14,7 +14,7 @@ from cluster.engine.tensor_parallel import RankPlan, Recruiter, follow
 
 CLOSE_LIMIT_S = 20.0
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class LocalCrew:
@@ -57,5 +57,5 @@ def _obey(plan: RankPlan) -> None:
     try:
         follow(plan)
     except RankLost as error:
-        logger.error("rank %d ends: %s", plan.shard.rank, error)
+        log.error("rank %d ends: %s", plan.shard.rank, error)
         sys.exit(1)

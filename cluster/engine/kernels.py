@@ -18,7 +18,7 @@ from cluster.engine.kv_store import KVStore
 from cluster.engine.packed import LowRank, PackedLinear, PackedMlpHead, PackedModel
 from cluster.engine.rows import StepRows
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -127,7 +127,7 @@ def choose_kernels(choice: str, dtype: str, threads: int = 0, rank: int = 0) -> 
         except KernelsUnavailable as error:
             reasons += f" ({name} cannot be used: {error})"
         else:
-            logger.info("kernels: %s, %s, %d CPU threads%s", name, dtype, threads, reasons)
+            log.info("kernels: %s, %s, %d CPU threads%s", name, dtype, threads, reasons)
             return kernels
     raise ConfigError(f"kernels:{reasons}; allowed here: auto, torch")
 

@@ -19,7 +19,7 @@ from cluster.engine.model_config import DecoderConfig
 from cluster.engine.rows import lay_out
 from cluster.engine.weights import load_weights, read_config
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Rank:
     def warn_if_not_row_invariant(self) -> None:
         if not self.row_invariant:
             dtype = self.decoder.kernels.dtype
-            logger.warning(
+            log.warning(
                 "kernels: %s in %s are not row-invariant here: output may depend on batching", self.kernels, dtype
             )
 
@@ -81,6 +81,11 @@ class Rank:
         if not batch:
             return torch.empty((0, self.config.vocab_size))
         return self.decoder.forward(lay_out(batch, self.kv, self.config.vocab_size), self.kv, skip, features)
+
+    @property
+    def peer_pids(self) -> dict[str, int]:
+        """Processes of the other tensor-parallel ranks, by name."""
+        return {}
 
     def close(self) -> None:
         """Let go of what the rank holds beside memory: nothing, where it is the only one."""

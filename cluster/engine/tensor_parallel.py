@@ -34,7 +34,7 @@ STOP = np.empty(0, np.int64)
 REASON_WAIT_S = 2.0  # a rank's connection breaks a moment before its end is known
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankPlan:
     """All a rank must know to load its shard and to find the others.
 
@@ -139,13 +139,17 @@ class ShardedRank(Rank):
             self._group.send(encode(Order(step, skip, self.kv.take_moves())))
             logits = self.decoder.forward(step, self.kv, skip, features)
         except RankLost as error:
-            self._broken = describe(error, self.crew)
+            self._broken = loss_reason(error, self.crew)
             raise EngineDied(self._broken) from error
         except BaseException as error:
             self._broken = f"tensor parallel: {type(error).__name__} within a step; the ranks are out of step"
             raise
         self._in_step = False
         return logits
+
+    @property
+    def peer_pids(self) -> dict[str, int]:
+        return self.crew.pids
 
     def close(self) -> None:
         """Stop the other ranks; from any thread once no step runs, or while one is stuck."""
@@ -157,7 +161,7 @@ class ShardedRank(Rank):
         self.crew.close()
 
 
-def describe(error: RankLost, crew: Crew) -> str:
+def loss_reason(error: RankLost, crew: Crew) -> str:
     """What happened, by the crew's word where it has one."""
     deadline = time.monotonic() + REASON_WAIT_S
     while not (reason := crew.failure()) and time.monotonic() < deadline:
@@ -216,17 +220,17 @@ def build_sharded_rank(
     chosen = choose_kernels(kernels, dtype, threads)
     meeting = Meeting.call(host)
     plan = RankPlan(
-        folder,
-        config,
-        dtype,
-        chosen.name,
-        threads,
-        num_slots,
-        capacity,
-        scratch,
-        meeting.address,
-        limit_s,
-        Shard(0, size),
+        folder=folder,
+        config=config,
+        dtype=dtype,
+        kernels=chosen.name,
+        threads=threads,
+        num_slots=num_slots,
+        capacity=capacity,
+        scratch=scratch,
+        meeting=meeting.address,
+        limit_s=limit_s,
+        shard=Shard(0, size),
     )
     crew = recruit([replace(plan, shard=Shard(rank, size)) for rank in range(1, size)])
     try:
@@ -236,7 +240,7 @@ def build_sharded_rank(
         rank = ShardedRank(decoder, MirroredKVCache(decoder.config, plan, chosen, crew.failure), group, crew)
         rank.warn_if_not_row_invariant()
     except RankLost as error:
-        reason = describe(error, crew)
+        reason = loss_reason(error, crew)
         crew.close()
         raise EngineDied(reason) from error
     except BaseException:

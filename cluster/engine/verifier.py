@@ -50,7 +50,7 @@ class Verify:
 
 
 @dataclass(frozen=True, slots=True)
-class StepTimes:
+class VerifySpent:
     """Seconds of one step: the forward pass, and the walks with their KV commits."""
 
     forward: float
@@ -72,7 +72,7 @@ class Verifier:
 
     def step(
         self, prefills: Sequence[Prefill], verifies: Sequence[Verify]
-    ) -> tuple[list[Accepted | EngineFailed], StepTimes]:
+    ) -> tuple[list[Accepted | EngineFailed], VerifySpent]:
         """One forward pass for everything; commits K/V of the prefilled tokens and of every accepted path.
 
         Returns one entry per verify, in order: the accepted block, or the error of a session whose row cannot be
@@ -103,7 +103,7 @@ class Verifier:
                     self.rank.tips[work.slot] = Tip(work.position + len(block.nodes) + 1, features[last])
                 results.append(block)
             at += size
-        return results, StepTimes(forwarded - start, time.perf_counter() - forwarded)
+        return results, VerifySpent(forwarded - start, time.perf_counter() - forwarded)
 
     def _features(self, verifies: Sequence[Verify]) -> torch.Tensor | None:
         """Room for the hidden states of the rows that decide, where a drafter wants them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 
-from cluster.core.types import Histogram
+from cluster.core.stats import Histogram
 
 
 class Buckets:

@@ -33,27 +33,27 @@ class Offers:
     places: (n,) stage and (n,) bin of ``conditional``, the drafter's (n,) estimates of each node given its parent.
     """
 
-    names: Sequence[str]
+    session_ids: Sequence[str]
     trees: Sequence[TokenTree]
     ends: list[int]
     parents: npt.NDArray[np.int64]
     conditional: Float64Array
     places: tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
 
-
-def lay_out(names: Sequence[str], trees: Sequence[TokenTree]) -> Offers:
-    """The sessions' trees as one table, so that a round costs a few array operations and not a few per session."""
-    ends = list(accumulate(map(len, trees)))
-    parents = _joined([tree.parents for tree in trees]).astype(np.int64)
-    if len(trees) > 1:
-        sizes = [len(tree) for tree in trees]
-        parents = np.where(parents >= 0, parents + np.repeat(np.array(ends) - sizes, sizes), -1)
-    scores = np.ones(len(parents) + 1)
-    scores[:-1] = _joined([tree.scores for tree in trees])
-    np.clip(scores, 1e-6, 1.0, out=scores)
-    conditional = np.minimum(scores[:-1] / scores[parents], 1.0)
-    places = _joined([tree.stages for tree in trees]), np.searchsorted(SCORE_EDGES, conditional)
-    return Offers(names, trees, ends, parents, conditional, places)
+    @classmethod
+    def of(cls, session_ids: Sequence[str], trees: Sequence[TokenTree]) -> Offers:
+        """The sessions' trees as one table, so that a round costs a few array operations and not a few per session."""
+        ends = list(accumulate(map(len, trees)))
+        parents = _joined([tree.parents for tree in trees]).astype(np.int64)
+        if len(trees) > 1:
+            sizes = [len(tree) for tree in trees]
+            parents = np.where(parents >= 0, parents + np.repeat(np.array(ends) - sizes, sizes), -1)
+        scores = np.ones(len(parents) + 1)
+        scores[:-1] = _joined([tree.scores for tree in trees])
+        np.clip(scores, 1e-6, 1.0, out=scores)
+        conditional = np.minimum(scores[:-1] / scores[parents], 1.0)
+        places = _joined([tree.stages for tree in trees]), np.searchsorted(SCORE_EDGES, conditional)
+        return cls(session_ids, trees, ends, parents, conditional, places)
 
 
 def _joined(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
@@ -84,8 +84,8 @@ class Calibration:
         """Each session's calibrated path probabilities; never larger than the parent's."""
         path = self._rates(offers).tolist()
         start = 0
-        for name, end in zip(offers.names, offers.ends):
-            mood = self._moods.get(name)
+        for session_id, end in zip(offers.session_ids, offers.ends):
+            mood = self._moods.get(session_id)
             factor = mood.factor if mood else 1.0
             for node, parent in enumerate(offers.parents[start:end].tolist(), start):
                 rate = min(MAX_RATE, path[node] * factor)
@@ -109,11 +109,13 @@ class Calibration:
             paths.append(path)
         tested = followed[offers.parents]
         rates = np.where(tested, self._rates(offers), 0.0)
-        for name, tree, end, token_ids, path in zip(offers.names, offers.trees, offers.ends, emitted, paths):
+        for session_id, tree, end, token_ids, path in zip(
+            offers.session_ids, offers.trees, offers.ends, emitted, paths
+        ):
             if token_ids is None:
                 tested[end - len(tree) : end] = False
             elif len(tree):
-                mood = self._moods.setdefault(name, _Mood())
+                mood = self._moods.setdefault(session_id, _Mood())
                 mood.hits = MOOD_MEMORY * mood.hits + len(path)
                 mood.expected = MOOD_MEMORY * mood.expected + float(rates[end - len(tree) : end].sum())
         stages, bins = offers.places

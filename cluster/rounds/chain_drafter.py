@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster.core.token_tree import TokenTree
-from cluster.rounds.calibration import Calibration, Offers, lay_out
+from cluster.rounds.calibration import Calibration, Offers
 from cluster.rounds.local_drafter import LocalDrafter
 from cluster.rounds.modes import LOCAL, MIXED, PLAIN, REMOTE, ModeChooser
 from cluster.rounds.pipeline import Pipeline
@@ -222,7 +222,7 @@ class ChainDrafter:
         emitted = {text.id: text.tokens[self._bases[text.id] :] for text in texts if text.id in self._bases}
         alike = len(rows) == self._last_rows and len(texts) == len(self._bases) == len(emitted) > 0
         steady = alike and not fresh and all(row.new for row in rows)
-        outcomes = [emitted.get(name) for name in self._offers.names] if self._offers is not None else []
+        outcomes = [emitted.get(row_id) for row_id in self._offers.session_ids] if self._offers is not None else []
         self._lessons.append(
             _Lesson(
                 mode=self._mode,
@@ -245,15 +245,15 @@ class ChainDrafter:
         others = [text for text in texts if text.id not in remote]
         trees = remote | (self._local.trees(others) if self._local is not None and others else {})
         best = {text.id: best_chain(trees[text.id], text.max_drafts) for text in texts if text.id in trees}
-        offered = {name: chain for name, chain in best.items() if len(chain)}
+        offered = {row_id: chain for row_id, chain in best.items() if len(chain)}
         if not offered:
             return [[] for _ in texts]
-        self._offers = lay_out(list(offered), list(offered.values()))
+        self._offers = Offers.of(list(offered), list(offered.values()))
         scores = [path.tolist() for path in self._calibration.scores(self._offers)]
         lengths = dict(zip(offered, self._lengths.choose(rows, scores)))
-        for name, length in lengths.items():
-            if self._remote is not None and name in remote:
-                self._remote.pipeline.verified(name, offered[name].take(np.arange(length)))
+        for row_id, length in lengths.items():
+            if self._remote is not None and row_id in remote:
+                self._remote.pipeline.verified(row_id, offered[row_id].take(np.arange(length)))
         return [offered[t.id].tokens[: lengths[t.id]].tolist() if t.id in offered else [] for t in texts]
 
     def _remote_trees(self, texts: Sequence[RowText], rows: int) -> dict[str, TokenTree]:
@@ -270,7 +270,7 @@ class ChainDrafter:
             patience = 0.0
         trees = pipeline.collect(texts, patience, max(LATE_AFTER_STEPS * step_s, LATE_AFTER_MIN_S))
         self._waited_s += self._clock() - start
-        return {name: tree for name, tree in trees.items() if len(tree)}
+        return {row_id: tree for row_id, tree in trees.items() if len(tree)}
 
     def _work(self) -> None:
         while True:  # vLLM tells nobody that it ends

@@ -21,6 +21,7 @@ from cluster.rounds.session import Session
 from drafters.base import Ask
 
 SPARE_NODES = 4  # asked for beyond twice what was verified of late
+RECENT_RATE = 0.2  # at which what was verified of late falls; it rises at once
 NODES_RATE = 0.05  # weight of the newest tree in how large those of remote stages are
 
 
@@ -49,7 +50,7 @@ class Drafting:
         self._pipeline = pipeline
         self._asked: set[str] = set()  # sessions the local drafter was asked for in this round, by the gate's choice
         self._remote: set[str] = set()  # sessions whose guesses of this round the remote stages made
-        self._nodes_of_late: dict[str, float] = {}
+        self._recent_nodes: dict[str, float] = {}
         self._remote_nodes = 0.0  # of one session's tree, of late, where remote stages made it
         self._round = 0
         self._last_round: dict[str, int] = {}  # that a session was in
@@ -81,8 +82,8 @@ class Drafting:
             owner = session.request.owner
             self._local.begin(session.id, session.tokens, session.params, session.prompt_len, owner)
         if self._pipeline is not None:
-            self._pipeline.open(session, session.request.speculation.stages or ())
-        if not engine_chooses(session):
+            self._pipeline.open(session, session.speculation.stages or ())
+        if not session.speculation.engine_chooses:
             self._named.add(session.id)
 
     def end(self, session: Session, last: Commit | None = None) -> None:
@@ -95,7 +96,7 @@ class Drafting:
             self._pipeline.close(session.id)
         self._named.discard(session.id)
         self._governor.forget(session.id)
-        self._nodes_of_late.pop(session.id, None)
+        self._recent_nodes.pop(session.id, None)
         self._last_round.pop(session.id, None)
 
     # --- the round
@@ -107,7 +108,8 @@ class Drafting:
         busy: whether the step has prompts to read, so that nobody else need be in it.
         """
         now = self._free_to_go(decoding, busy)
-        self._two_groups = all(engine_chooses(s) and self.cap(s) for s in now) and self._may_alternate(len(now))
+        free = all(session.speculation.engine_chooses and self.cap(session) for session in now)
+        self._two_groups = free and self._may_alternate(len(now))
         group = now
         if self.mode == ALTERNATING and self._two_groups:
             rested = [session for session in now if self._last_round.get(session.id, 0) < self._round] or now
@@ -141,8 +143,8 @@ class Drafting:
             self._remote_nodes += NODES_RATE * (nodes - self._remote_nodes)
         if session.id in self._asked:
             self._governor.gate.observe(session.id, accepted - price)
-            late = self._nodes_of_late.get(session.id, float(self._config.max_nodes))
-            self._nodes_of_late[session.id] = max(nodes, late + 0.2 * (nodes - late))
+            recent = self._recent_nodes.get(session.id, float(self._config.max_nodes))
+            self._recent_nodes[session.id] = max(nodes, recent + RECENT_RATE * (nodes - recent))
 
     def ask(self, commits: Sequence[tuple[Session, Commit]]) -> None:
         """Tell the local drafter what was committed, and ask the remote stages where the next round shall use them."""
@@ -150,14 +152,14 @@ class Drafting:
             for session, commit in commits:
                 self._local.commit(session.id, commit.token_ids)
         drafted = [(session, cap) for session, _ in commits if (cap := self.cap(session)) > 0]
-        free = [(session, cap) for session, cap in drafted if engine_chooses(session)]
-        wishes = [(session, session.request.speculation.stages, cap) for session, cap in drafted]
+        free = [(session, cap) for session, cap in drafted if session.speculation.engine_chooses]
+        wishes = [(session, session.speculation.stages, cap) for session, cap in drafted]
         named = [(session, stages, cap) for session, stages, cap in wishes if stages is not None]
         self._remote_use.ask(free, named, self._two_groups, self.measurable)
 
     def cap(self, session: Session) -> int:
         """Nodes the session's tree may have."""
-        wish = session.request.speculation
+        wish = session.speculation
         if not wish.enabled or session.max_depth <= 0:
             return 0
         return self._config.max_nodes if wish.max_nodes is None else min(wish.max_nodes, self._config.max_nodes)
@@ -166,11 +168,11 @@ class Drafting:
         """All but those that wait for their own stages' trees."""
         if self._pipeline is None or self._governor.always:
             return list(decoding)
-        if not any(session.request.speculation.stages for session in decoding):
+        if not any(session.speculation.stages for session in decoding):
             return list(decoding)
         context = sum(session.base for session in decoding) / len(decoding)
         pipeline, patience = self._pipeline, self._deadline(len(decoding), context)
-        now = [s for s in decoding if not s.request.speculation.stages or not pipeline.awaits(s.id, patience)]
+        now = [s for s in decoding if not s.speculation.stages or not pipeline.awaits(s.id, patience)]
         return now if now or busy else list(decoding)
 
     def _may_alternate(self, sessions: int) -> bool:
@@ -183,7 +185,7 @@ class Drafting:
 
     def _may_ask_local(self, session: Session) -> bool:
         """Whether the client named the local drafter's stage, or left the choice to the engine, which guesses now."""
-        stages = session.request.speculation.stages
+        stages = session.speculation.stages
         if stages is None:
             return self.mode != PLAIN
         return self._local is not None and self._local.stage.name.lower() in stages
@@ -195,7 +197,7 @@ class Drafting:
         if not sessions:
             return {}
         gate, always = self._governor.gate, self._governor.always
-        chosen = {session.id for session in sessions if always or not engine_chooses(session)}
+        chosen = {session.id for session in sessions if always or not session.speculation.engine_chooses}
         open_to_choice = [session.id for session in sessions if session.id not in chosen]
         chosen |= gate.choose(open_to_choice, token_s)
         asks = [Ask(s.id, self._ask_size(s, caps[s.id]), s.max_depth) for s in sessions if s.id in chosen]
@@ -209,16 +211,11 @@ class Drafting:
 
     def _ask_size(self, session: Session, cap: int) -> int:
         """No more than may be verified, going by what was of late: a larger tree takes longer to make."""
-        if self._governor.always or session.id not in self._nodes_of_late:
+        if self._governor.always or session.id not in self._recent_nodes:
             return cap
-        return min(cap, SPARE_NODES + int(2 * self._nodes_of_late[session.id]))
+        return min(cap, SPARE_NODES + int(2 * self._recent_nodes[session.id]))
 
     def _deadline(self, sessions: int, context: float) -> float:
         config = self._config
         wait = 1e3 * config.draft_deadline_steps * self._governor.cost.at(sessions, context)
         return max(config.draft_deadline_min_ms, min(config.draft_deadline_max_ms, wait)) / 1e3
-
-
-def engine_chooses(session: Session) -> bool:
-    """Whether where guesses come from is left to the engine."""
-    return session.request.speculation.enabled and session.request.speculation.stages is None

@@ -48,7 +48,7 @@ class AskGate:
     def choose(self, session_ids: Sequence[str], token_seconds: float) -> set[str]:
         """Those to ask for now. ``token_seconds``: what one token costs without guessing."""
         price = self.seconds_per_ask / token_seconds
-        paying = {name for name in session_ids if self._pays(name, price)}
+        paying = {session_id for session_id in session_ids if self._pays(session_id, price)}
         if len(paying) == len(session_ids):
             return paying
         probe = self.seconds_per_ask * (len(session_ids) - len(paying))

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster.core.config import EngineConfig
+from cluster.core.stats import GovernorReport
 from cluster.core.token_tree import TokenTree
-from cluster.core.types import GovernorReport
 from cluster.engine.step_cost import STALE_FACTOR, CostCurve
 from cluster.rounds.buckets import Buckets
-from cluster.rounds.calibration import Calibration, Float64Array, Offers, lay_out
+from cluster.rounds.calibration import Calibration, Float64Array, Offers
 from cluster.rounds.cost import LiveCost
 from cluster.rounds.gate import AskGate
 from cluster.rounds.modes import MIXED, ModeChooser
@@ -132,7 +132,7 @@ class Governor:
         return max(1, int(np.searchsorted(seconds, self._config.prefill_slowdown * seconds[0], "right")) - 1)
 
     def budget(
-        self, names: Sequence[str], trees: Sequence[TokenTree], prompt_rows: int, context: float
+        self, session_ids: Sequence[str], trees: Sequence[TokenTree], prompt_rows: int, context: float
     ) -> list[TokenTree]:
         """The sessions' trees pruned to what pays, and to what fits into a step beside the prompts under way."""
         self._expected, self._offers = float(len(trees)), None
@@ -142,7 +142,7 @@ class Governor:
         if not any(map(len, trees)):
             self.choices[Choice.NOTHING_OFFERED] += 1
             return list(trees)
-        self._offers = lay_out(names, trees)
+        self._offers = Offers.of(session_ids, trees)
         if self.always:
             self.choices[Choice.ALWAYS] += 1
             return [tree.prune(room // len(trees)) for tree in trees]

@@ -6,8 +6,9 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 
+from cluster.core.stats import EngineStats
 from cluster.core.token_tree import MAX_NODES, TokenTree
-from cluster.core.types import EngineStats, Origin, StreamItem
+from cluster.core.types import Origin, StreamItem
 from cluster.rounds.buckets import Buckets
 from cluster.rounds.session import Session
 

@@ -18,8 +18,8 @@ FROM_STAGES = (REMOTE, ALTERNATING)
 
 HYSTERESIS = 1.05  # another mode must be faster than the one in use by this factor
 PLAIN_HANDICAP = 0.93  # the usual way comes down to plain decoding by itself where guesses do not pay
-MIN_ROUNDS = 6  # measured rounds before a mode's speed counts ...
 ALTERNATION_GAIN = 1.05  # two groups must promise to be so much faster than one, to be tried
+MIN_ROUNDS = 6  # measured rounds before a mode's speed counts ...
 USUAL_ROUNDS = 64  # ... and before the usual one's does, which learns in its first rounds what guesses are worth
 LOOK_GAP = 48  # rounds between two looks at modes not in use, at least
 LOOK_ROUNDS = 4  # how long a look is; its first round only brings the drafters up to date

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.core.errors import InvalidTree
+from cluster.core.stats import StageStats
 from cluster.core.token_tree import MAX_NODES, TokenTree
-from cluster.core.types import Origin, StageStats
+from cluster.core.types import Origin
 from cluster.rounds.messages import DraftAsk, DraftReply
-from cluster.rounds.session_drafts import Counts, Draft, Drafted, SessionDrafts, count_nodes
+from cluster.rounds.session_drafts import ArrivedTree, Counts, Drafted, SessionDrafts, count_nodes
 from cluster.rounds.stage_record import StageRecord
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,6 @@ log = logging.getLogger(__name__)
 START_INTERVAL_S = 1.0  # a stage is sent a session's start this often at most
 LEASE_INTERVAL_S = 1.0  # a session's missing leases are asked for so often at most
 LEASE_PATIENCE_S = 5.0  # from a session that has no worker after so long nothing is expected
-WORTH_TAKING = 0.25  # accepted nodes that a tree from the cache must promise; else the round waits for a fresh one
 REPLY_WEIGHT = 0.1  # of the newest reply in how long replies take
 
 Deliver = Callable[[Hashable, DraftReply], None]
@@ -76,6 +76,10 @@ class DraftTransport(Protocol):
         """The session is over: let its workers go."""
         ...
 
+    def stop(self) -> None:
+        """Let all workers go. May block: the engine's thread has ended."""
+        ...
+
 
 class Pipeline:
     """Drafting stages of one target, in chain order, over any transport.
@@ -94,10 +98,10 @@ class Pipeline:
         outcomes: bool = False,
     ) -> None:
         """``max_nodes``: of a tree that a round may want; stages are asked for ``run_ahead`` more. ``outcomes``: trees
-        are for a verifier of chains, which asks for the step after and takes whatever is left of them then."""
+        are for a verifier of chains, and for the step after the next (``drafters.base.Ask``)."""
         self.stages = tuple(stages)
         self.wanted = 0  # rounds of a session for which its stages were asked ...
-        self.cached = 0  # ... and in which the cache had its tree already
+        self.cached = 0  # ... and whose tree was in the cache already
         self.missing = 0  # ... or in which no tree came in time
         self.reply_s = 0.0  # from an ask to its chain's last tree, of late
         self.worker_pids: dict[str, int] = {}
@@ -230,7 +234,7 @@ class Pipeline:
                     known.asked_s = self._clock()
                     if probe is None or probe not in chain.items():
                         if self._run_ahead or self._outcomes:
-                            known.look_up(0.0 if self._outcomes else WORTH_TAKING)
+                            known.look_up()
                         known.chain, known.waiting_for = chain, session.key
                         for stage in chain:
                             known.silent_since.setdefault(stage, known.asked_s)
@@ -279,7 +283,7 @@ class Pipeline:
             for draft in drafts.values():
                 self._records[draft.stage].used(now - draft.arrived_s)
             self.wanted += len(asked)
-            self.cached += sum(known.cached is not None for known in asked)
+            self.cached += sum(known.cached is not None and known.best() is known.cached for known in asked)
             self.missing += sum(known.session.id not in drafts for known in asked)
             for known in mine:
                 known.clear()
@@ -377,7 +381,7 @@ class Pipeline:
             return
         if tree.key == known.present and stage == self.stages[-1]:
             self.reply_s += REPLY_WEIGHT * (now - known.asked_s - self.reply_s)
-        draft = Draft(tree, stage, now)
+        draft = ArrivedTree(tree, stage, now)
         self._waste(known.keep(draft))
         if in_time:
             known.trees[stage] = draft

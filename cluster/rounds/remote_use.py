@@ -51,14 +51,14 @@ class RemoteUse:
         chose their stages. ``two_groups``: whether alternating is a way; ``measurable``: whether the next
         round will tell how fast its way is. Afterwards ``mode`` is how the free ones will
         get their guesses."""
-        names = {session.id for session, _ in free}
-        reachable = self._pipeline is not None and (self._always or self._pipeline.reachable(names))
+        session_ids = {session.id for session, _ in free}
+        reachable = self._pipeline is not None and (self._always or self._pipeline.reachable(session_ids))
         if free:
             self.mode = self._choose(reachable, two_groups, measurable)
         if self._pipeline is not None:
             under_way = self._ask(self._pipeline, free, named, reachable, two_groups)
-            without = names - under_way
-            if self.mode in FROM_STAGES and without and without == names:
+            without = session_ids - under_way
+            if self.mode in FROM_STAGES and without and without == session_ids:
                 self.mode = self._fallback()
             elif self.mode in FROM_STAGES and not all(map(self._pipeline.stranded, without)):
                 # Who is stranded will have no trees in the next rounds either: a round without theirs shows what remote
@@ -74,9 +74,9 @@ class RemoteUse:
         two_groups: bool,
     ) -> set[str]:
         """Returns the ids of those for which trees are under way."""
-        names = {session.id for session, _ in free}
+        session_ids = {session.id for session, _ in free}
         if free and self._worth_leases(FROM_STAGES if two_groups else (REMOTE,)):
-            for session_id in names:
+            for session_id in session_ids:
                 pipeline.lease(session_id, pipeline.stages)
         for session, stages, _ in named:
             pipeline.lease(session.id, stages)
@@ -85,7 +85,7 @@ class RemoteUse:
         stages = pipeline.stages if self.mode in FROM_STAGES or probing else ()
         # Until the stages follow every session, they only catch up: a round that waits for some sessions' trees and not
         # for others' would cost time and tell nothing.
-        together = self._always or probing or pipeline.follows(names)
+        together = self._always or probing or pipeline.follows(session_ids)
         return pipeline.ask([*((session, stages, nodes if together else 0) for session, nodes in free), *named])
 
     def _choose(self, reachable: bool, two_groups: bool, measurable: bool) -> str:

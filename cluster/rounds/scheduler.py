@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 from cluster.core.accept import Accepted
 from cluster.core.config import EngineConfig
 from cluster.core.errors import EngineFailed, Overloaded, PacelineError
+from cluster.core.stats import GovernorReport
 from cluster.core.token_tree import TokenTree
-from cluster.core.types import Commit, FinishReason, GovernorReport, Origin, StreamItem
+from cluster.core.types import Commit, FinishReason, Origin, StreamItem
 from cluster.engine.step_cost import CostCurve
 from cluster.engine.verifier import Prefill, Verifier, Verify
 from cluster.rounds.admission import Placement, PrefixCache, WaitingQueue, choose_victim
-from cluster.rounds.drafting import Drafting, engine_chooses
+from cluster.rounds.drafting import Drafting
 from cluster.rounds.governor import Governor, RoundSpent, Shape
 from cluster.rounds.guard import GuardedDrafter
 from cluster.rounds.meter import Meter
@@ -173,29 +174,21 @@ class Scheduler:
         mode = self._drafting.round_mode
         context = _mean([session.base for session in decoding or self._running])
         guesses = self._drafting.guess(decoding, context)
-        share = min(self.unread, self._config.max_rows // 2)
-        share = self.governor.prompt_rows(len(decoding), share, context)
-        trees = self.governor.budget([session.id for session in decoding], guesses, share, context)
+        reserved = min(self.unread, self._config.max_rows // 2)  # rows for prompts, which trees may not take
+        reserved = self.governor.prompt_rows(len(decoding), reserved, context)
+        trees = self.governor.budget([session.id for session in decoding], guesses, reserved, context)
         drafted = time.perf_counter()
         tree_rows = sum(len(tree) + 1 for tree in trees)
-        room = self.governor.prompt_rows(len(decoding), self.unread, context)
-        chunks = self._prefill_chunks(min(room, self._config.max_rows - tree_rows))
+        prompt_room = self.governor.prompt_rows(len(decoding), self.unread, context)
+        chunks = self._prefill_chunks(min(prompt_room, self._config.max_rows - tree_rows))
         prompt_rows = sum(len(tokens) for _, tokens in chunks)
         verifies = [_verify(session, tree) for session, tree in zip(decoding, trees)]
         nodes = tree_rows - len(decoding)
         shape = Shape(len(decoding), nodes, prompt_rows, context, self._drafting.sitting_out)
-        prefills = []
-        for session, tokens in chunks:
-            self._prefilled[session.id] += len(tokens)
-            if self._prefilled[session.id] == session.base:  # its root is among them: it gets its first token now
-                session.phase = Phase.DECODE
-                verifies.append(_verify(session, TokenTree.empty(), tokens[:-1]))
-                decoding.append(session)
-                trees.append(TokenTree.empty())
-            else:
-                prefills.append(Prefill(session.slot, tokens))
-                if self._prefilled[session.id] == session.base - 1:
-                    session.phase = Phase.DECODE
+        prefills, firsts = self._read(chunks)
+        decoding += [session for session, _ in firsts]  # their rows are the prompts', and counted as such
+        trees += [TokenTree.empty() for _ in firsts]
+        verifies += [work for _, work in firsts]
         blocks, spent = self._verifier.step(prefills, verifies)
         price = self.governor.price_of_nodes(shape)
         self.governor.learn([block.tokens if isinstance(block, Accepted) else None for block in blocks])
@@ -257,6 +250,22 @@ class Scheduler:
             chunks.append((session, chunk))
             room -= len(chunk)
         return chunks
+
+    def _read(self, chunks: Sequence[tuple[Session, list[int]]]) -> tuple[list[Prefill], list[tuple[Session, Verify]]]:
+        """The step's work on prompts: what is only read, and of sessions whose whole prompt is read by it, what yields
+        their first token."""
+        prefills: list[Prefill] = []
+        firsts: list[tuple[Session, Verify]] = []
+        for session, tokens in chunks:
+            self._prefilled[session.id] += len(tokens)
+            left = session.base - self._prefilled[session.id]
+            if left == 0:
+                firsts.append((session, _verify(session, TokenTree.empty(), tokens[:-1])))
+            else:
+                prefills.append(Prefill(session.slot, tokens))
+            if left <= 1:  # the root alone is a step of decoding
+                session.phase = Phase.DECODE
+        return prefills, firsts
 
     def _commit(
         self,
@@ -324,7 +333,7 @@ class Scheduler:
         self.study_time.earn(spent.total)
         decoded = [outcome for outcome in outcomes if outcome.item is not None]
         tokens = sum(len(outcome.item.token_ids) for outcome in decoded if outcome.item)
-        chosen = self._drafting.measurable and any(engine_chooses(outcome.session) for outcome in decoded)
+        chosen = self._drafting.measurable and any(outcome.session.speculation.engine_chooses for outcome in decoded)
         self.governor.observe(mode if chosen else MIXED, shape, tokens, spent)
         speeds = self.governor.modes
         named = ", ".join(f"{name} {speeds.speed(name):.2f}" for name in speeds.steps)

@@ -16,6 +16,7 @@ from cluster.core.types import (
     FinishReason,
     GenerateRequest,
     Origin,
+    Speculation,
     SpeculationStats,
     StreamItem,
     TreeKey,
@@ -63,8 +64,8 @@ class Session:
         self.num_admitted = 0
         self.output_at_admission = 0
         self.cached_tokens = 0
-        self.arrived_s = 0.0  # set by the scheduler, as is the next
-        self.last_item_s: float | None = None
+        self.arrived_s = 0.0  # set by the scheduler
+        self.last_item_s: float | None = None  # set by its meter
         self.finish_reason: FinishReason | None = None
         self._limits = limits
         self._text = text
@@ -84,6 +85,10 @@ class Session:
     @property
     def owner(self) -> str:
         return self.request.owner
+
+    @property
+    def speculation(self) -> Speculation:
+        return self.request.speculation
 
     @property
     def base(self) -> int:

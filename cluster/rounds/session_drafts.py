@@ -18,6 +18,7 @@ from cluster.core.types import Commit, Origin, SamplingParams, TreeKey
 from cluster.rounds.messages import DraftAsk, SessionStart
 
 MAX_DEPTH = 32
+WORTH_TAKING = 0.25  # accepted nodes that a tree from the cache must promise; else the round would rather wait
 
 Counts = npt.NDArray[np.int64]
 """(3,) numbers of nodes, by ``Origin``."""
@@ -63,7 +64,7 @@ class Drafted(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class ArrivedTree:
     """A tree that arrived: who sent it, and when."""
 
     tree: TokenTree
@@ -94,15 +95,16 @@ class SessionDrafts:
     waiting_for: TreeKey | None = None
     chain: dict[str, Hashable] = field(default_factory=dict)
     heard: set[str] = field(default_factory=set)
-    trees: dict[str, Draft] = field(default_factory=dict)
+    trees: dict[str, ArrivedTree] = field(default_factory=dict)
     failed: bool = False
-    newest: Draft | None = None
-    cached: Draft | None = None
+    newest: ArrivedTree | None = None
+    cached: ArrivedTree | None = None
     verified: Counts = field(default_factory=lambda: np.zeros(len(Origin), np.int64))
 
     @property
     def waiting(self) -> bool:
-        there = self.cached is not None or self.failed
+        cached = self.cached is not None and float(self.cached.tree.scores.sum()) >= WORTH_TAKING
+        there = cached or self.failed
         return self.waiting_for is not None and not there and next(reversed(self.chain)) not in self.heard
 
     def clear(self) -> None:
@@ -115,7 +117,7 @@ class SessionDrafts:
             return next((stage for stage in self.chain if stage not in self.heard), None)
         return next((s for s in self.chain if now - self.silent_since.get(s, now) >= late_after_s), None)
 
-    def best(self) -> Draft | None:
+    def best(self) -> ArrivedTree | None:
         """That of the last stage that sent one, or else the cached one, if it hangs on the present state."""
         draft = next((self.trees[stage] for stage in reversed(self.chain) if stage in self.trees), self.cached)
         return draft if draft is not None and draft.tree.key == self.session.key else None
@@ -133,13 +135,12 @@ class SessionDrafts:
         start = SessionStart(tuple(session.tokens), session.prompt_len, session.params, session.owner)
         return DraftAsk(Commit(session.key, session.base, ()), 0, 0, start)
 
-    def look_up(self, worth: float) -> None:
-        """Walk the tokens since the newest tree's state into that tree; what is left must promise ``worth`` accepted
-        nodes."""
+    def look_up(self) -> None:
+        """Walk the tokens since the newest tree's state into that tree."""
         newest = self.newest
         if newest is not None and newest.tree.key is not None:
             tree = newest.tree.after(self.session.tokens[newest.tree.key.base :])
-            if len(tree) and float(tree.scores.sum()) >= worth:
+            if len(tree):
                 self.cached = replace(newest, tree=tree.with_key(self.session.key))
 
     def knows(self, key: object) -> bool:
@@ -150,7 +151,7 @@ class SessionDrafts:
         own = (key.session_id, key.epoch) == (present.session_id, present.epoch)
         return own and (key == present or key.base < present.base)
 
-    def keep(self, draft: Draft) -> Counts:
+    def keep(self, draft: ArrivedTree) -> Counts:
         """For later look-ups, unless it is of an older state than the one there. Returns the nodes that are wasted now.
 
         A state's drafts from several stages, or several times, are one: the last of them counts.

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Hashable
 
-from cluster.core.types import StageStats
+from cluster.core.stats import StageStats
 from cluster.rounds.breaker import MISSES_TO_OPEN, Breakers
 from cluster.rounds.buckets import Buckets
 

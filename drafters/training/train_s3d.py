@@ -35,7 +35,7 @@ from cluster.core.errors import ConfigError
 from cluster.engine.kernels import DTYPES
 from cluster.engine.weights import load_weights, read_config, resolve_model
 from drafters.s3d_adapter import S3DAdapter, S3DHeader, S3DShape, find_adapter
-from drafters.shipped_store import tokenizer_of
+from drafters.shipped import tokenizer_of
 from drafters.training.claims import model_digest, refuse_others, text_digest
 from drafters.training.s3d_model import TwoStream, loss_of
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cluster.core.errors import ConfigError, PacelineError
 from cluster.engine.weights import resolve_model
-from drafters.shipped_store import tokenizer_of
+from drafters.shipped import tokenizer_of
 from drafters.training.claims import claim, model_digest, text_digest
 from drafters.training.frequent_tokens import frequent_tokens
 from drafters.training.teacher import Piece, Teacher, batches, rate, read_pieces, schedule

@@ -107,8 +107,6 @@ def test_an_empty_tree_has_empty_everything() -> None:
     assert tree.ancestor_mask().shape == (0, 0)
     assert tree.child(-1, 0) is None
     assert len(tree.prune(3, max_depth=1)) == 0
-    assert parts(tree.merge(EXAMPLE)) == parts(EXAMPLE)
-    assert parts(EXAMPLE.merge(tree)) == parts(EXAMPLE)
 
 
 def test_a_chain_is_a_path() -> None:
@@ -215,37 +213,3 @@ def test_pruned_trees_with_random_scores_stay_sound(n: int, budget: int) -> None
         pruned.check(4, max_nodes=budget)
         assert len(pruned) == min(n, budget)
         assert closed_paths(pruned) <= closed_paths(tree)
-
-
-def test_merging_joins_equal_paths_and_keeps_the_larger_score() -> None:
-    other = TokenTree.build([7, 9, 2, 5], [-1, 0, 0, -1], [0.4, 0.1, 0.3, 0.2], 2, KEY)
-    merged = EXAMPLE.merge(other)
-    merged.check(10)
-    assert parts(merged) == ([5, 7, 6, 8, 9, 2], [-1, -1, 0, 0, 1, 1])
-    assert merged.scores.tolist() == np.array([0.6, 0.4, 0.5, 0.1, 0.2, 0.3], np.float32).tolist()
-    assert merged.stages.tolist() == [1, 1, 2, 1, 2, 2]
-    assert merged.key == KEY
-
-
-def test_merging_tells_equal_tokens_on_different_paths_apart() -> None:
-    merged = TokenTree.chain([1, 1]).merge(TokenTree.build([2, 1], [-1, 0]))
-    assert parts(merged) == ([1, 1, 2, 1], [-1, 0, -1, 2])
-
-
-def test_merging_into_duplicate_siblings_extends_the_one_the_walk_takes() -> None:
-    merged = TokenTree.build([4, 4], [-1, -1]).merge(TokenTree.chain([4, 6]))
-    assert merged.path(2) == [0, 2]
-
-
-@pytest.mark.parametrize("n", [1, 4, 13])
-def test_a_merged_tree_holds_exactly_the_paths_of_both(n: int) -> None:
-    for seed in range(20):
-        left, right = random_tree(n, seed), random_tree(n, seed + 100)
-        merged = left.merge(right)
-        merged.check(4)
-        assert closed_paths(merged) == closed_paths(left) | closed_paths(right)
-
-
-def test_trees_of_different_keys_do_not_merge() -> None:
-    with pytest.raises(ValueError, match="cannot merge"):
-        EXAMPLE.merge(EXAMPLE.with_key(dataclasses.replace(KEY, digest=1)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.core.types import EngineStats, GovernorReport, Histogram, Load, StageStats
+from cluster.core.stats import EngineStats, GovernorReport, Histogram, Load, StageStats
 from deployments.metrics import render
 
 BY_STAGE = {"small": 1, "medium": 1}

@@ -16,18 +16,13 @@ from pathlib import Path
 
 from cluster.core.config import ServiceConfig
 from cluster.core.errors import Aborted, EngineDied, EngineFailed, InvalidArgument, Overloaded
+from cluster.core.stats import EngineStats, GovernorReport, Health, Histogram, Load, StageStats
 from cluster.core.types import (
-    EngineStats,
     FinishReason,
     GenerateRequest,
-    GovernorReport,
-    Health,
-    Histogram,
-    Load,
     ModelInfo,
     Origin,
     SpeculationStats,
-    StageStats,
     StreamItem,
     tokenizer_hash,
 )
@@ -136,7 +131,7 @@ class FakeEngine:
 
     def abort(self, request_id: str, call_id: str = "", epoch: int | None = None) -> bool:
         running = self._aborts.get(request_id)
-        if running is None or not running[0].meant(call_id, epoch):
+        if running is None or not running[0].is_meant_by(call_id, epoch):
             return False
         running[1].set()
         return True

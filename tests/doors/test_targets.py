@@ -80,7 +80,7 @@ class Handle:
 async def read(handle: Handle) -> list[StreamItem]:
     targets: Any = Targets
     items: list[StreamItem] = []
-    view = targets(handle, SERVED.served)
+    view = targets(handle, SERVED.model_key)
     try:
         async for item in view.open(REQUEST):
             items.append(item)
@@ -102,10 +102,10 @@ def test_all_targets_are_asked_and_those_that_answer_count(monkeypatch: pytest.M
     view: Any = Targets
     handle = Handle(None)
     handle.replies = [Reply(("b", 2)), Reply(None), Reply(EngineUnavailable("failed")), Reply(("a", 1))]
-    assert asyncio.run(view(handle, SERVED.served).loads()) == [("a", 1), ("b", 2)]
+    assert asyncio.run(view(handle, SERVED.model_key).loads()) == [("a", 1), ("b", 2)]
     handle.error = DeploymentUnavailableError(DeploymentID("Target", "app"))
-    assert asyncio.run(view(handle, SERVED.served).loads()) == []
-    assert not asyncio.run(view(handle, SERVED.served).abort("somebody"))
+    assert asyncio.run(view(handle, SERVED.model_key).loads()) == []
+    assert not asyncio.run(view(handle, SERVED.model_key).abort("somebody"))
 
 
 @pytest.mark.parametrize("failed", [0, 1])
@@ -114,7 +114,7 @@ def test_one_target_that_answers_makes_the_service_serve(failed: int) -> None:
         handle = Handle(None)
         handle.replies = [Reply(SERVED), Reply(EngineUnavailable("the engine is failed"))][:: 1 - 2 * failed]
         view: Any = Targets
-        targets = view(handle, SERVED.served)
+        targets = view(handle, SERVED.model_key)
         targets.start()
         await asyncio.sleep(0.05)
         await targets.stop()
@@ -137,10 +137,10 @@ def test_targets_of_another_model_are_as_good_as_none() -> None:
     async def seen(*replies: Any) -> tuple[bool, Any]:
         handle, view = Handle(None), Targets
         handle.replies = list(map(Reply, replies))
-        targets = view(handle, SERVED.served)  # type: ignore[arg-type]
+        targets = view(handle, SERVED.model_key)  # type: ignore[arg-type]
         targets.start()
         try:
-            return targets.serving, await targets.known(0.1)
+            return targets.serving, await targets.wait_for_info(0.1)
         except EngineUnavailable:
             return targets.serving, None
         finally:

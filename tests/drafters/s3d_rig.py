@@ -36,7 +36,7 @@ def holding(rank: Rank, text: list[int]) -> int:
 def drafter_on(rank: Rank, text: list[int], made: S3DAdapter, **options: object) -> tuple[S3DDrafter, int]:
     slot = holding(rank, text)
     chosen = S3DOptions.model_validate(options)
-    return S3DDrafter(rank, made, chosen, max_len=100, slot_of={"s": slot}.__getitem__), slot
+    return S3DDrafter(rank, made, chosen, max_len=100, slot_of={"s": slot}.get), slot
 
 
 def view_of(rank: Rank, made: S3DAdapter) -> DraftView:

@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import save_file
 from thread_crew import ThreadCrew
 from tiny_models import GREEDY, VOCAB, chain, continuation, random_tokens, tiny_config, tiny_rank, tiny_weights
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from cluster.core.config import ModelConfig, StageConfig
 from cluster.core.errors import ConfigError
@@ -17,6 +18,7 @@ from cluster.core.types import Origin
 from cluster.engine.tensor_parallel import Recruiter
 from drafters import Ask, TargetFacts, create
 from drafters.draft_model import ModelDrafter
+from drafters.shipped import tokenizer_of
 from drafters.sssd import SssdDrafter
 from drafters.staged import StagedDrafter
 from drafters.swift import SwiftDrafter
@@ -93,11 +95,11 @@ def test_a_model_drafter_of_two_ranks_gives_one_ranks_trees(facts: TargetFacts, 
 @pytest.mark.parametrize("drafter", ["draft_model", "staged"])
 def test_several_ranks_need_somebody_to_start_them(facts: TargetFacts, drafter: str) -> None:
     model = {"source": str(facts.folder), "dtype": "float32", "tensor_parallel_size": 2}
-    config = stage(drafter, model=model)
+    config = stage("draft_model", model=model)
     if drafter == "staged":
         part = {"drafter": "draft_model", "model": model}
         config = stage("staged", options={"small": {"drafter": "sssd"}, "medium": part})
-    with pytest.raises(ConfigError, match="tensor_parallel_size: 2 is for stages of the drafters' application"):
+    with pytest.raises(ConfigError, match="tensor_parallel_size: 2 is for remote stages"):
         create(config, target=facts)
 
 
@@ -108,7 +110,7 @@ def test_swift_on_the_targets_rank_loads_nothing() -> None:
     rank.kv.commit(slot, range(11))
     facts = TargetFacts(VOCAB, 100, Path("nowhere"))
     config = stage("swift", options={"skip": [], "children": 1, "passes": 3, "min_score": 0.0})
-    drafter = create(config, target=facts, rank=rank, slot_of={"s": slot}.__getitem__)
+    drafter = create(config, target=facts, rank=rank, slot_of={"s": slot}.get)
     drafter.begin("s", text, GREEDY, 12)
     assert drafter.propose([Ask("s", 3, 3)], {})["s"].tokens.tolist() == continuation(tiny_rank(), text, GREEDY, 3)
 
@@ -154,6 +156,27 @@ def test_a_vocabulary_that_is_not_the_targets_is_refused_naming_both_sizes(
         config = stage("staged", options={"small": {"drafter": "sssd"}, "medium": part})
     with pytest.raises(ConfigError, match=f"90 tokens.*{VOCAB}"):
         create(config, target=facts)
+
+
+def test_a_model_of_another_vocabulary_guesses_through_text(facts: TargetFacts, tmp_path: Path) -> None:
+    other = save_model(tmp_path / "draft", vocab_size=90)
+    config = stage("draft_model", model={"source": str(other), "dtype": "float32"}, options={"translate": True})
+    with pytest.raises(ConfigError, match=f"translate: {other} has no tokenizer.json"):
+        create(config, target=facts)
+    for folder, size in ((other, 90), (facts.folder, VOCAB)):
+        words = {"<unk>": 0} | {f"w{index}": index for index in range(1, size)}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer_of.cache_clear()
+    drafter = create(config, target=facts)
+    assert drafter.vocab_size == VOCAB
+    drafter.begin("s", [5, 6, 7], GREEDY, 3)
+    tree = drafter.propose([Ask("s", 8, 4)], {}).get("s")
+    if tree is not None:
+        tree.check(VOCAB, 8, 4)
+    with pytest.raises(ConfigError, match="translate: the stage names no model"):
+        create(stage("draft_model", options={"translate": True}), target=facts)
 
 
 def test_rank_and_slots_come_together(facts: TargetFacts) -> None:

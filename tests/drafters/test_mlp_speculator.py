@@ -25,7 +25,7 @@ from drafters import Ask
 from drafters.mlp_head import HeadHeader, MlpHead, load_head, save_head
 from drafters.mlp_speculator import MlpSpeculator, load_mlp
 from drafters.options import MlpOptions
-from drafters.shipped_store import tokenizer_of
+from drafters.shipped import tokenizer_of
 from drafters.training import train_head
 from drafters.training.trainer import run
 

@@ -170,7 +170,7 @@ def test_a_draft_pass_leaves_the_target_as_it_was() -> None:
 def test_it_follows_the_verifiers_commits_and_many_sessions_share_a_pass() -> None:
     rank, texts = tiny_rank(), [random_tokens(seed, 12) for seed in (5, 6)]
     slots = {str(index): holding(rank, text) for index, text in enumerate(texts)}
-    drafter = S3DDrafter(rank, adapter(), S3DOptions(), max_len=100, slot_of=slots.__getitem__)
+    drafter = S3DDrafter(rank, adapter(), S3DOptions(), max_len=100, slot_of=slots.get)
     for index, text in enumerate(texts):
         drafter.begin(str(index), text, SAMPLED, 12)
     for emitted in ([5], [6, 7, 8]):
@@ -253,6 +253,6 @@ def test_fewer_tokens_are_guessed_where_asked_or_where_the_context_ends() -> Non
     assert len(drafter.propose([Ask("s", 9, 1)], {})["s"]) == 1
     rank = tiny_rank()
     slots = {"s": holding(rank, text)}
-    near = S3DDrafter(rank, adapter(), S3DOptions(children=1), max_len=12, slot_of=slots.__getitem__)
+    near = S3DDrafter(rank, adapter(), S3DOptions(children=1), max_len=12, slot_of=slots.get)
     near.begin("s", text, GREEDY, 12)
     assert len(near.propose([Ask("s", 9, 9)], {})["s"]) == 1

@@ -86,7 +86,7 @@ def test_by_name_it_runs_on_the_targets_rank_alone(tmp_path: Path) -> None:
     config = stage("s3d", options={"adapter": str(tmp_path / "a")})
     with pytest.raises(ConfigError, match="target's process"):
         create(config, target=facts)
-    rank, slot_of = tiny_rank(), dict[str, int]().__getitem__
+    rank, slot_of = tiny_rank(), dict[str, int]().get
     assert isinstance(create(config, target=facts, rank=rank, slot_of=slot_of), S3DDrafter)
     with pytest.raises(ConfigError, match="none is shipped"):
         create(stage("s3d"), target=facts, rank=rank, slot_of=slot_of)

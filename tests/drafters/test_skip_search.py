@@ -16,9 +16,10 @@ from cluster.core.errors import ConfigError
 from cluster.core.types import SamplingParams
 from drafters.matchness import Window, score
 from drafters.options import SwiftOptions
+from drafters.shipped import ARTIFACTS
 from drafters.skip_proposals import ProposerName, Score, SkipSet, SkipSpace, make_proposer
 from drafters.skip_search import LEVEL_TOKENS, PATIENCE, TRIES, SkipSearch
-from drafters.skip_sets import ARTIFACTS, find_set, write_set
+from drafters.skip_sets import find_set, write_set
 from drafters.swift import SwiftDrafter, uniform_skip
 
 SPACE = SkipSpace(num_layers=10, count=5)
@@ -283,9 +284,7 @@ def test_windows_that_do_not_fit_are_refused(first: int, count: int) -> None:
 
 def drafting(rank: CountingRank, slots: dict[str, int], **options: object) -> SwiftDrafter:
     settings = {"skip": "search:2", "sets": "default", "max_upstream": 8, "prefill_chunk": 32, "study_rows": 16}
-    return SwiftDrafter(
-        rank, SwiftOptions.model_validate({**settings, **options}), max_len=100, slot_of=slots.__getitem__
-    )
+    return SwiftDrafter(rank, SwiftOptions.model_validate({**settings, **options}), max_len=100, slot_of=slots.get)
 
 
 def serve(drafter: SwiftDrafter, rank: CountingRank, slots: dict[str, int], name: str, seed: int) -> None:

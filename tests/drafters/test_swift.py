@@ -28,7 +28,7 @@ def colocated(rank: CountingRank, text: list[int], **options: object) -> tuple[S
     slot = rank.kv.allocate()
     rank.forward([chain(slot, text[:-1], logits=False)])
     rank.kv.commit(slot, range(len(text) - 1))
-    drafter = SwiftDrafter(rank, swift_options(**options), max_len=100, slot_of={"s": slot}.__getitem__)
+    drafter = SwiftDrafter(rank, swift_options(**options), max_len=100, slot_of={"s": slot}.get)
     return drafter, slot
 
 
@@ -131,7 +131,7 @@ def test_colocated_it_waits_for_a_target_that_has_no_slot_or_has_not_read_the_pr
 
 def test_colocated_it_refuses_more_rows_than_the_engine_has() -> None:
     with pytest.raises(ConfigError, match="max_upstream"):
-        SwiftDrafter(tiny_rank(scratch=20), swift_options(), max_len=100, slot_of=dict[str, int]().__getitem__)
+        SwiftDrafter(tiny_rank(scratch=20), swift_options(), max_len=100, slot_of=dict[str, int]().get)
 
 
 def test_on_its_own_rank_committed_tokens_run_through_all_layers_and_only_guesses_skip() -> None:

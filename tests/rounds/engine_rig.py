@@ -21,7 +21,7 @@ from cluster.core.types import GenerateRequest, ModelInfo, SamplingParams, Strea
 from cluster.engine.kv_cache import SlotRows
 from cluster.engine.rank import Rank
 from cluster.engine.step_cost import CostCurve
-from cluster.engine.verifier import Prefill, StepTimes, Verifier, Verify
+from cluster.engine.verifier import Prefill, Verifier, Verify, VerifySpent
 from cluster.rounds.detokenize import TextStream
 from cluster.rounds.pipeline import Pipeline
 from cluster.rounds.scheduler import Scheduler
@@ -60,7 +60,7 @@ class SteppedVerifier(Verifier):
 
     def step(
         self, prefills: Sequence[Prefill], verifies: Sequence[Verify]
-    ) -> tuple[list[Accepted | EngineFailed], StepTimes]:
+    ) -> tuple[list[Accepted | EngineFailed], VerifySpent]:
         if self.stepped:
             self._turns.acquire(timeout=PATIENCE_S)
         if self.failing:

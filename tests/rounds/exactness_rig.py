@@ -54,7 +54,7 @@ class Rig:
 
     def drafter(self, stage: StageConfig) -> Drafter:
         facts = TargetFacts(VOCAB, 160, self.folder)
-        return create(stage, target=facts, rank=self.rank, slot_of=self.slots.__getitem__)
+        return create(stage, target=facts, rank=self.rank, slot_of=self.slots.get)
 
     def run(
         self,

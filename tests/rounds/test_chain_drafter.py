@@ -10,7 +10,7 @@ from fakes import InProcessTransport, ScriptedDrafter
 
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import Origin
-from cluster.rounds.chain_drafter import ChainDrafter, Remote, best_chain
+from cluster.rounds.chain_drafter import STEP_NODES, ChainDrafter, Remote, best_chain
 from cluster.rounds.draft_worker import DraftWorker
 from cluster.rounds.local_drafter import LocalDrafter
 from cluster.rounds.messages import DraftReply
@@ -57,6 +57,9 @@ class InlineTransport:
     def close(self, session_id: str) -> None:
         for worker in self.workers.values():
             worker.end("test", session_id)
+
+    def stop(self) -> None:
+        pass
 
 
 def remote_stage(drafter: ScriptedDrafter) -> Remote:
@@ -146,6 +149,40 @@ def test_tokens_that_walk_into_an_earlier_tree_find_the_next_chain_there() -> No
     report = rig.chains.report()
     assert report.cached == 1
     assert report.waited_s == 0.0
+
+
+@pytest.mark.parametrize(("rows", "nodes"), [(1, 768), (32, STEP_NODES // 32)])
+def test_stages_are_asked_for_trees_of_outcomes_which_are_smaller_where_rows_are_many(rows: int, nodes: int) -> None:
+    asks: list[Ask] = []
+
+    def guess(tokens: list[int], ask: Ask) -> TokenTree:
+        asks.append(ask)
+        return count_on(tokens, ask)
+
+    transport = InlineTransport({"small": DraftWorker("small", ScriptedDrafter(guess, vocab_size=VOCAB))})
+    chains = ChainDrafter(None, thread=False)
+    chains.join(Remote(Pipeline(transport, ["small"], VOCAB, 768, outcomes=True), 768))
+    chains.propose([row([5, 6, first], 1) for first in range(rows)])
+    chains.propose([row([5, 6, first, 7], 1) for first in range(rows)])
+    assert [(ask.max_nodes, ask.outcomes) for ask in asks] == [(nodes, True)] * rows
+
+
+def test_what_promises_little_is_used_only_where_nothing_better_comes() -> None:
+    rig = Rig(outcomes=True, inline=False)
+
+    def unsure(tokens: list[int], ask: Ask) -> TokenTree:
+        tree = count_on(tokens, ask)
+        return TokenTree.build(tree.tokens, tree.parents, 0.1 ** np.arange(2, len(tree) + 2), Origin.SMALL)
+
+    rig.drafter.make = unsure
+    rig.step(row([5, 6, 7], 1))
+    rig.transport.join()
+    rig.step(row([5, 6, 7, 8], 1))
+    rig.transport.join()
+    rig.transport.hung = {"small"}
+    rig.chains._lengths.choose = lambda rows, scores: [len(path) for path in scores]  # type: ignore[method-assign]
+    assert rig.step(row([5, 6, 7, 8, 9, 10, 11], 3)) == [[12, 13, 14, 15]]
+    assert rig.chains.report().cached == 1
 
 
 def test_a_silent_stage_is_left_out_after_some_steps() -> None:

@@ -8,10 +8,12 @@ import random
 import pytest
 from fakes import FailingDrafter, ScriptedDrafter
 
+from cluster.core.errors import EngineDied
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import Commit, SamplingParams, TreeKey, digest_of
 from cluster.rounds.draft_worker import END_MEMORY_S, DraftWorker
 from cluster.rounds.messages import DraftAsk, DraftReply, SessionStart
+from drafters.base import Ask
 
 TOKENS = list(range(10, 60))
 
@@ -158,6 +160,18 @@ def test_a_drafter_that_raises_costs_its_own_session_only(where: str) -> None:
     assert bad.reports[-1].resync == (("o",) if where == "begin" else ("s",))  # nobody waits for an answer
     drafter.failing = False
     assert host.draft("v", [other]).trees.keys() == {"o"}
+
+
+def test_the_end_of_a_models_ranks_is_no_sessions_fault() -> None:
+    """The process has to end: no session would ever get another tree from it."""
+
+    def gone(tokens: list[int], ask: Ask) -> TokenTree:
+        raise EngineDied("tensor parallel: rank 1 died")
+
+    host = DraftWorker("medium", ScriptedDrafter(gone))
+    host.draft("v", [start(5)])
+    with pytest.raises(EngineDied, match="rank 1"):
+        host.draft("v", [follow(5, 8)])
 
 
 def test_any_storm_of_lost_doubled_and_reordered_asks_ends_in_the_right_state() -> None:

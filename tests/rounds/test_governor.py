@@ -12,7 +12,7 @@ import pytest
 from cluster.core.config import EngineConfig
 from cluster.core.token_tree import TokenTree
 from cluster.engine.step_cost import CostCurve
-from cluster.rounds.calibration import Calibration, emitted_path, lay_out
+from cluster.rounds.calibration import Calibration, Offers, emitted_path
 from cluster.rounds.cost import LiveCost
 from cluster.rounds.governor import MARGIN, Governor, RoundSpent, Shape, choose_nodes
 from cluster.rounds.modes import ModeChooser
@@ -21,11 +21,11 @@ CURVE = CostCurve((1, 4, 8, 16), (1.0, 1.1, 1.5, 3.0))
 
 
 def observe(calibration: Calibration, tree: TokenTree, emitted: Sequence[int] | None, name: str = "s") -> None:
-    calibration.observe(lay_out([name], [tree]), [emitted])
+    calibration.observe(Offers.of([name], [tree]), [emitted])
 
 
 def scores(calibration: Calibration, tree: TokenTree, name: str = "s") -> np.ndarray:
-    return calibration.scores(lay_out([name], [tree]))[0]
+    return calibration.scores(Offers.of([name], [tree]))[0]
 
 
 def span(first: int, count: int) -> np.ndarray:
@@ -104,10 +104,10 @@ def test_sessions_laid_out_together_count_as_they_would_alone() -> None:
         trees = [random_tree(rng) for _ in range(4)]
         emitted = [rng.integers(0, 4, 3).tolist() if at != 2 else None for at in range(4)]
         names = ["a", "b", "c", "d"]
-        together.observe(lay_out(names, trees), emitted)
+        together.observe(Offers.of(names, trees), emitted)
         for name, tree, tokens in zip(names, trees, emitted):
             observe(alone, tree, tokens, name)
-        for name, tree, path in zip(names, trees, together.scores(lay_out(names, trees))):
+        for name, tree, path in zip(names, trees, together.scores(Offers.of(names, trees))):
             assert len(path) == len(tree)
             parents = np.concatenate((path, [1.0]))[tree.parents]
             assert (path <= parents).all()

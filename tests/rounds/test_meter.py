@@ -7,8 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
+from cluster.core.stats import Histogram
 from cluster.core.token_tree import TokenTree
-from cluster.core.types import Histogram, Origin
+from cluster.core.types import Origin
 from cluster.rounds.buckets import Buckets
 from cluster.rounds.meter import Meter
 

@@ -17,7 +17,7 @@ from cluster.core.token_tree import TokenTree
 from cluster.core.types import GenerateRequest, Origin, SamplingParams, Speculation
 from cluster.engine.rank import Rank, build_rank
 from cluster.engine.step_cost import CostCurve
-from cluster.engine.verifier import Prefill, StepTimes, Verifier, Verify
+from cluster.engine.verifier import Prefill, Verifier, Verify, VerifySpent
 from cluster.rounds.detokenize import TextStream
 from cluster.rounds.draft_worker import DraftWorker
 from cluster.rounds.governor import Governor, RoundSpent, Shape
@@ -47,7 +47,7 @@ class CountingVerifier(Verifier):
 
     def step(
         self, prefills: Sequence[Prefill], verifies: Sequence[Verify]
-    ) -> tuple[list[Accepted | EngineFailed], StepTimes]:
+    ) -> tuple[list[Accepted | EngineFailed], VerifySpent]:
         prompts = sum(len(chunk.token_ids) for chunk in prefills) + sum(len(v.lead) for v in verifies)
         self.rows.append((prompts, sum(len(v.tree) + 1 for v in verifies)))
         return super().step(prefills, verifies)

@@ -1,0 +1,37 @@
+"""What ships with the package for a target: where it is kept, and whose it is."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.core.errors import ConfigError
+from cluster.core.types import tokenizer_hash
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+ARTIFACTS = Path(__file__).with_name("artifacts")
+DEFAULT = "default"
+"""In place of a folder: whichever shipped one fits the target."""
+
+
+@functools.cache
+def tokenizer_of(model_folder: Path) -> str | None:
+    """The ``tokenizer_hash`` of a model's folder, without transformers; None where it has no ``tokenizer.json``."""
+    tokenizer = read_tokenizer(model_folder)
+    return None if tokenizer is None else tokenizer_hash(tokenizer.get_vocab())
+
+
+def read_tokenizer(model_folder: Path) -> Tokenizer | None:
+    """None where the folder has no ``tokenizer.json``. Raises ``ConfigError`` for one that does not load."""
+    path = model_folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise ConfigError(f"model.source: {path} does not load: {error}") from None
