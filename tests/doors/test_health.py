@@ -37,7 +37,7 @@ class NoTargets:
     def info(self) -> Any:
         raise EngineUnavailable("no target is serving yet: loading")
 
-    async def known(self, timeout_s: float) -> Any:
+    async def wait_for_info(self, timeout_s: float) -> Any:
         return self.info
 
 

@@ -169,9 +169,8 @@ def test_the_end_of_a_models_ranks_is_no_sessions_fault() -> None:
         raise EngineDied("tensor parallel: rank 1 died")
 
     host = DraftWorker("medium", ScriptedDrafter(gone))
-    host.draft("v", [start(5)])
     with pytest.raises(EngineDied, match="rank 1"):
-        host.draft("v", [follow(5, 8)])
+        host.draft("v", [start(5)])
 
 
 def test_any_storm_of_lost_doubled_and_reordered_asks_ends_in_the_right_state() -> None:
