@@ -28,7 +28,6 @@ BROKEN = "\ufffd"  # stands for a character of which some bytes are missing
 class _Session:
     """``tokens``: the target's, of which ``text`` is made; ``ids``: the draft's, which begin at ``starts``."""
 
-    prompt_len: int
     tokens: list[int]
     text: str
     ids: list[int]
@@ -52,7 +51,7 @@ class TranslatedDrafter:
     ) -> None:
         text = self._target.decode(list(token_ids))
         encoded = self._own.encode(text)
-        session = _Session(prompt_len, list(token_ids), text, encoded.ids, [start for start, _ in encoded.offsets])
+        session = _Session(list(token_ids), text, encoded.ids, [start for start, _ in encoded.offsets])
         self._drafter.begin(session_id, session.ids, GREEDY, len(session.ids))
         self._sessions[session_id] = session
 
@@ -115,37 +114,29 @@ class TranslatedDrafter:
     def _translated(self, session: _Session, tree: TokenTree, ask: Ask) -> TokenTree:
         """``tree`` of the draft's tokens as one of the target's. A node's score is that of the first draft node with
         which its text is complete."""
-        context = session.ids[-CONTEXT:]
-        before = self._own.decode(context)
-        parents, scores, own = tree.parents.tolist(), tree.scores.tolist(), tree.tokens.tolist()
-        lengths: list[int] = []  # of the text down to each node
-        tokens: list[int] = []
-        places: dict[tuple[int, int], int] = {}  # (parent, token) -> node
-        found: list[float] = []
-        inner = set(parents)
-        paths: list[list[int]] = []
-        for node, parent in enumerate(parents):
-            path = [*(paths[parent] if parent >= 0 else ()), node]
-            paths.append(path)
-            text = self._own.decode([*context, *(own[at] for at in path)])
-            text = text[len(before) :].rstrip(BROKEN) if text.startswith(before) else ""
-            lengths.append(len(text))
-            if node in inner or not text:
-                continue
+        texts = self._texts(session, tree)
+        own_scores = tree.scores.tolist()
+        nodes: dict[tuple[int, int], int] = {}  # (parent, token) -> node
+        scores: list[float] = []
+        for leaf in sorted(set(range(len(tree))) - set(tree.parents.tolist())):
+            path = tree.path(leaf)
             place, end = -1, 0
-            for token, width in self._words(session, text):
+            for token, width in self._words(session, texts[leaf]):
                 end += width
-                score = next((scores[at] for at in path if lengths[at] >= end), scores[node])
-                key = (place, token)
-                if key not in places:
-                    places[key] = len(tokens)
-                    tokens.append(token)
-                    found.append(score)
-                place = places[key]
-                found[place] = max(found[place], score)
-        by_node = {node: parent for (parent, _), node in places.items()}
-        built = TokenTree.build(tokens, [by_node[node] for node in range(len(tokens))], found, int(self.stage))
+                score = next((own_scores[node] for node in path if len(texts[node]) >= end), own_scores[leaf])
+                place = nodes.setdefault((place, token), len(nodes))
+                if place == len(scores):
+                    scores.append(score)
+                scores[place] = max(scores[place], score)
+        built = TokenTree.build([token for _, token in nodes], [parent for parent, _ in nodes], scores, int(self.stage))
         return built.prune(ask.max_nodes, ask.max_depth)
+
+    def _texts(self, session: _Session, tree: TokenTree) -> list[str]:
+        """What each path of ``tree`` adds to the session's text, as far as its characters are whole."""
+        context, own = session.ids[-CONTEXT:], tree.tokens.tolist()
+        before = self._own.decode(context)
+        texts = [self._own.decode([*context, *(own[at] for at in tree.path(node))]) for node in range(len(tree))]
+        return [text[len(before) :].rstrip(BROKEN) if text.startswith(before) else "" for text in texts]
 
     def _words(self, session: _Session, text: str) -> list[tuple[int, int]]:
         """The target's tokens of ``text`` behind the session's, each with how many characters it completes."""

@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 
 START_INTERVAL_S = 1.0  # a stage is sent a session's start this often at most
 LEASE_INTERVAL_S = 1.0  # a session's missing leases are asked for so often at most
-LEASE_PATIENCE_S = 5.0  # from a session that has no worker after so long nothing is expected
+LEASE_PATIENCE_S = 5.0  # from a session that has no worker after so long nothing is expected ...
+MAX_REFUSALS = 3  # ... nor from one that its worker has refused so often
 REPLY_WEIGHT = 0.1  # of the newest reply in how long replies take
 
 Deliver = Callable[[Hashable, DraftReply], None]
@@ -190,12 +191,13 @@ class Pipeline:
             )
 
     def stranded(self, session_id: str) -> bool:
-        """Whether the session has workers, all of them left out, or has waited for one for long."""
+        """Whether the session has workers, all of them left out or refusing it, or has waited for one for long."""
         with self._arrived:
             workers = [(s, w) for s in self.stages if (w := self._transport.worker(session_id, s)) is not None]
             known = self._sessions.get(session_id)
-            waited_s = self._clock() - known.leasing_s if known is not None else 0.0
-            return not any(self._usable(*each) for each in workers) if workers else waited_s > LEASE_PATIENCE_S
+            if known is None or not workers:
+                return known is not None and self._clock() - known.leasing_s > LEASE_PATIENCE_S
+            return all(known.refusals[s] >= MAX_REFUSALS or not self._usable(s, w) for s, w in workers)
 
     @property
     def broken(self) -> bool:
@@ -351,11 +353,13 @@ class Pipeline:
                 if known and type(length) is int and 0 <= length <= known.session.base:  # anything else is rubbish
                     known.silent_since.pop(report.stage, None)
                     known.held[report.stage] = max(length, known.held.get(report.stage, 0))
+                    known.refusals.pop(report.stage, None)
                     if known.waiting_for and known.waiting_for.base == length and session_id not in reply.trees:
                         known.heard.add(report.stage)
             for session_id in report.resync:
                 if known := self._sessions.get(session_id):
                     known.held.pop(report.stage, None)
+                    known.refusals[report.stage] += 1
                     known.silent_since.pop(report.stage, None)
                     known.heard.add(report.stage)
             for session_id, tree in reply.trees.items():

@@ -6,6 +6,7 @@ Only the pipeline uses it, and under its lock.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -74,7 +75,8 @@ class ArrivedTree:
 
 @dataclass(slots=True)
 class SessionDrafts:
-    """``held``: length each stage's worker acknowledged. ``started``: when a stage was last sent the session's start.
+    """``held``: length each stage's worker acknowledged. ``started``: when a stage was last sent the session's start;
+    ``refusals``: how often in a row it has answered that it does not hold the session.
 
     ``present``: the state last asked about; the session itself may be moving on while a reply is looked at. ``chain``,
     ``heard``, ``trees``: stages of the ask under way and their workers, those that answered it, and with what;
@@ -87,6 +89,7 @@ class SessionDrafts:
     session: Drafted
     held: dict[str, int] = field(default_factory=dict)
     started: dict[str, float] = field(default_factory=dict)
+    refusals: Counter[str] = field(default_factory=Counter)
     leasing_s: float = math.inf
     leased_s: float = -math.inf
     present: TreeKey | None = None

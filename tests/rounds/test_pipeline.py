@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 from fakes import ScriptedDrafter
@@ -14,7 +15,7 @@ from cluster.core.types import Origin
 from cluster.rounds.breaker import MISSES_TO_OPEN
 from cluster.rounds.draft_worker import DraftWorker
 from cluster.rounds.messages import DraftReply, StageReport
-from cluster.rounds.pipeline import LEASE_INTERVAL_S, LEASE_PATIENCE_S, ChainAsk
+from cluster.rounds.pipeline import LEASE_INTERVAL_S, LEASE_PATIENCE_S, MAX_REFUSALS, START_INTERVAL_S, ChainAsk
 
 WORKER = "one that answers"
 
@@ -320,6 +321,34 @@ def test_stages_are_asked_in_chain_order_and_those_that_are_not_there_are_not() 
     rig.pipeline.ask([(rig.session, ("large", "medium", "small"), 8)])
     (tree,) = rig.pipeline.collect([rig.session], PATIENCE_S).values()
     assert stages_of(tree) == [Origin.MEDIUM]
+
+
+def test_a_session_that_its_worker_keeps_refusing_holds_no_other_up() -> None:
+    rig = Rig(("small",))
+    other = session("picked on")
+    rig.pipeline.open(other, ("small",))
+    begin = rig.drafters["small"].begin
+    refused: list[str] = []
+
+    def picky(session_id: str, *rest: Any, **more: Any) -> None:
+        if "picked on" in session_id:
+            refused.append(session_id)
+            raise RuntimeError("not this one")
+        begin(session_id, *rest, **more)
+
+    rig.drafters["small"].begin = picky  # type: ignore[method-assign]
+    for at in range(MAX_REFUSALS):
+        assert not rig.pipeline.follows([rig.session.id, other.id])
+        rig.pipeline.ask([(rig.session, ("small",), 8), (other, ("small",), 8)])
+        rig.transport.join()
+        assert len(refused) == at + 1, "it is tried again"
+        rig.now += START_INTERVAL_S + 0.1
+    assert rig.pipeline.follows([rig.session.id, other.id])
+    rig.drafters["small"].begin = begin  # type: ignore[method-assign]
+    rig.ask()
+    rig.pipeline.ask([(other, ("small",), 8)])
+    rig.transport.join()
+    assert not rig.pipeline.stranded(other.id)
 
 
 def test_close_first_tells_the_rest_of_the_text_to_stages_that_follow_it(monkeypatch: pytest.MonkeyPatch) -> None:
