@@ -35,6 +35,17 @@ class KernelsUnavailable(Exception):
     """Why kernels cannot be used here."""
 
 
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` on the CPU, once what computes it is done. By way of pinned memory, since a pageable copy is several
+    times slower; torch keeps it for the next step."""
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return host
+
+
 class MlpForward(Protocol):
     """A ``PackedMlpHead`` at work. tokens: (n,) int64; states: (n, hidden) in the model's dtype."""
 

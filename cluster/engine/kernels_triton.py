@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cluster.engine.kernels import Forward, KernelsUnavailable
+from cluster.engine.kernels import Forward, KernelsUnavailable, to_host
 from cluster.engine.kernels_ops import OperatorKernels
 from cluster.engine.kv_store import KVStore
 from cluster.engine.packed import Heads, PackedLinear, PackedModel
@@ -361,10 +361,8 @@ class _TritonForward:
         hidden = self._layers(
             (shape, kv.keys[0].data_ptr(), skip), lambda: self._kernels.layers(self._model, rows.step, kv, skip)
         )
-        logits = self._kernels.logits(self._model, hidden[:count], step.wanted, features)
-        if logits.is_cuda and not len(logits):  # nothing to wait for: the next step's time would hold this one's
-            torch.cuda.current_stream().synchronize()
-        return logits.cpu()
+        # Without logits, too, the step is waited for: the next one's time would hold this one's.
+        return to_host(self._kernels.logits(self._model, hidden[:count], step.wanted, features))
 
     def _layers(self, key: Any, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """``key``: of what ``compute`` launches: padded shape, cache, skipped sub-layers."""

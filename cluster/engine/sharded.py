@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from cluster.engine.collectives import RankGroup
-from cluster.engine.kernels import ShardStep
+from cluster.engine.kernels import ShardStep, to_host
 from cluster.engine.kv_store import KVStore
 from cluster.engine.packed import PackedModel
 from cluster.engine.rows import StepRows
@@ -44,7 +44,7 @@ class ShardedForward:
         if step.wanted is None or len(step.wanted):
             logits = self._group.gather_columns(part.logits(hidden), self._vocab_size)
         self._group.settle()
-        return logits.cpu()
+        return to_host(logits)
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """(n,) -> (n, hidden): the embeddings of this rank's share of the vocabulary, zeros for other tokens."""
