@@ -80,10 +80,10 @@ class DraftActor:
         self._compute.submit(self._look_after)  # not waited for: drafts may stand before it
 
     def _look_after(self) -> None:
-        self._worker.drop_idle()
         for crew in self._crews:
             if reason := crew.failure():
                 self._end(reason)
+        self._worker.drop_idle()
 
     def _end(self, reason: object) -> None:
         """Of this process, for good: Ray restarts it under the same handle."""

@@ -124,6 +124,8 @@ class ModelDrafter:
     ) -> None:
         """Raises ``Overloaded`` where no slot is free. The prompt is read by later calls of ``propose``."""
         held = self._sessions.get(session_id)
+        if held is not None:
+            self._rewind(session_id, held)
         self._slots.begin(session_id, token_ids, held.tokens if held else ())
         history = History(token_ids[:prompt_len], token_ids[prompt_len:], params)
         self._sessions[session_id] = _Session(list(token_ids), params, history)

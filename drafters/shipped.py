@@ -32,6 +32,9 @@ def read_tokenizer(model_folder: Path) -> Tokenizer | None:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise ConfigError(f"model.source: {path} does not load: {error}") from None
+    tokenizer.no_truncation()  # training leaves such settings behind
+    tokenizer.no_padding()
+    return tokenizer

@@ -8,6 +8,7 @@ vocabulary means nothing in another.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,15 +21,19 @@ from drafters.base import Ask, Drafter
 
 GREEDY = SamplingParams(temperature=0.0)
 CONTEXT = 8  # tokens before a guess that are decoded and encoded with it, since words' beginnings depend on them
-SETTLED = 64  # characters from the end on, the draft's tokens of a text stay what they are
+SETTLED = 64  # characters before a text's end, and earlier, tokens stay what they are whatever comes behind
 BROKEN = "\ufffd"  # stands for a character of which some bytes are missing
+MAX_PENDING = 16  # tokens without a whole character: the text is not one that becomes whole
 
 
 @dataclass(slots=True)
 class _Session:
-    """``tokens``: the target's, of which ``text`` is made; ``ids``: the draft's, which begin at ``starts``."""
+    """``tokens``: the target's, of which the first ``read`` make ``text``; characters were whole after ``whole`` of
+    them, too. ``ids``: the draft's of that text, which begin at ``starts``."""
 
     tokens: list[int]
+    read: int
+    whole: int
     text: str
     ids: list[int]
     starts: list[int]
@@ -51,22 +56,22 @@ class TranslatedDrafter:
     ) -> None:
         text = self._target.decode(list(token_ids))
         encoded = self._own.encode(text)
-        session = _Session(list(token_ids), text, encoded.ids, [start for start, _ in encoded.offsets])
-        self._drafter.begin(session_id, session.ids, GREEDY, len(session.ids))
-        self._sessions[session_id] = session
+        starts = [start for start, _ in encoded.offsets]
+        self._drafter.begin(session_id, encoded.ids, GREEDY, len(encoded.ids))
+        self._sessions[session_id] = _Session(list(token_ids), len(token_ids), 0, text, encoded.ids, starts)
 
     def commit(self, session_id: str, token_ids: Sequence[int]) -> None:
         session = self._session(session_id)
-        context = session.tokens[-CONTEXT:]
-        before = self._target.decode(context)
-        after = self._target.decode([*context, *token_ids])
         session.tokens += token_ids
-        if session.text.endswith(before) and after.startswith(before):
-            session.text += after[len(before) :]
-        else:  # a character came whole, of which there had been a part
-            session.text = self._target.decode(session.tokens)
+        before = self._target.decode(session.tokens[session.whole : session.read])
+        after = self._target.decode(session.tokens[session.whole :])
+        if after.endswith(BROKEN) and len(session.tokens) - session.read <= MAX_PENDING:
+            return  # the draft is told of a character once all of it is there
+        settled = len(session.text) - SETTLED
+        session.text += after[len(before) :]
+        session.whole, session.read = session.read, len(session.tokens)
         held = session.ids
-        self._encode(session)
+        self._encode(session, settled)
         if session.ids[: len(held)] == held:
             if len(session.ids) > len(held):
                 self._drafter.commit(session_id, session.ids[len(held) :])
@@ -74,9 +79,10 @@ class TranslatedDrafter:
             self._drafter.begin(session_id, session.ids, GREEDY, len(session.ids))
 
     def propose(self, asks: Sequence[Ask], upstream: Mapping[str, TokenTree]) -> dict[str, TokenTree]:
-        """Upstream's trees are not looked at: they are in the target's vocabulary."""
+        """Upstream's trees are not looked at: they are in the target's vocabulary. No guess within a character."""
         sessions = {ask.session_id: self._session(ask.session_id) for ask in asks}
-        found = self._drafter.propose(asks, {})
+        ready = [ask for ask in asks if sessions[ask.session_id].read == len(sessions[ask.session_id].tokens)]
+        found = self._drafter.propose(ready, {})
         trees = {
             ask.session_id: self._translated(sessions[ask.session_id], found[ask.session_id], ask)
             for ask in asks
@@ -94,22 +100,28 @@ class TranslatedDrafter:
             raise UnknownSession(f"session {session_id!r} was not begun")
         return session
 
-    def _encode(self, session: _Session) -> None:
-        """Bring ``ids`` up to ``text``: from the last word on that begins ``SETTLED`` characters before its end."""
-        text = session.text
-        keep = len(session.starts)
-        while keep > 1 and (
-            session.starts[keep - 1] > len(text) - SETTLED or not _opens(text, session.starts[keep - 1])
-        ):
-            keep -= 1
-        if keep <= 1:  # with what the tokenizer puts before a text
-            encoded, start, keep = self._own.encode(text), 0, 0
-        else:
-            keep -= 1
-            start = session.starts[keep]
-            encoded = self._own.encode(text[start:], add_special_tokens=False)
-        session.ids = [*session.ids[:keep], *encoded.ids]
-        session.starts = [*session.starts[:keep], *(start + at for at, _ in encoded.offsets)]
+    def _encode(self, session: _Session, settled: int) -> None:
+        """Bring ``ids`` up to ``text``. Those of its first ``settled`` characters stay.
+
+        A tokenizer may put a space before whatever it is given, so what is encoded anew begins some words before, and
+        counts from the last of the old tokens' beginnings on where one of the new ones begins.
+        """
+        text, starts = session.text, session.starts
+        last = bisect_right(starts, settled) - 1
+        first = bisect_right(starts, settled - SETTLED) - 1
+        if first >= 1:
+            encoded = self._own.encode(text[starts[first] :], add_special_tokens=False)
+            begun: dict[int, int] = {}
+            for index, (start, _) in enumerate(encoded.offsets):
+                begun.setdefault(starts[first] + start, index)
+            joint = next((start for start in reversed(starts[first + 1 : last + 1]) if begun.get(start)), None)
+            if joint is not None:
+                kept, new = bisect_left(starts, joint), begun[joint]
+                session.ids = [*session.ids[:kept], *encoded.ids[new:]]
+                session.starts = [*starts[:kept], *(starts[first] + start for start, _ in encoded.offsets[new:])]
+                return
+        encoded = self._own.encode(text)
+        session.ids, session.starts = encoded.ids, [start for start, _ in encoded.offsets]
 
     def _translated(self, session: _Session, tree: TokenTree, ask: Ask) -> TokenTree:
         """``tree`` of the draft's tokens as one of the target's. A node's score is that of the first draft node with
@@ -147,8 +159,3 @@ class TranslatedDrafter:
             encoded, first, before = self._target.encode(text, add_special_tokens=False), 0, ""
         ends = [len(before), *(end for _, end in encoded.offsets[first:])]
         return [(token, ends[at + 1] - ends[at]) for at, token in enumerate(encoded.ids[first:])]
-
-
-def _opens(text: str, at: int) -> bool:
-    """Whether a word may begin there, so that what comes before does not change how it is split."""
-    return text[at : at + 1].isspace() and not text[at - 1 : at].isspace()

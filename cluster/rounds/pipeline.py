@@ -353,9 +353,10 @@ class Pipeline:
                 if known and type(length) is int and 0 <= length <= known.session.base:  # anything else is rubbish
                     known.silent_since.pop(report.stage, None)
                     known.held[report.stage] = max(length, known.held.get(report.stage, 0))
-                    known.refusals.pop(report.stage, None)
-                    if known.waiting_for and known.waiting_for.base == length and session_id not in reply.trees:
-                        known.heard.add(report.stage)
+                    if known.waiting_for and known.waiting_for.base == length:  # it took more than the start
+                        known.refusals.pop(report.stage, None)
+                        if session_id not in reply.trees:
+                            known.heard.add(report.stage)
             for session_id in report.resync:
                 if known := self._sessions.get(session_id):
                     known.held.pop(report.stage, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from cluster.rounds.breaker import MISSES_TO_OPEN
 from cluster.rounds.draft_worker import DraftWorker
 from cluster.rounds.messages import DraftReply, StageReport
 from cluster.rounds.pipeline import LEASE_INTERVAL_S, LEASE_PATIENCE_S, MAX_REFUSALS, START_INTERVAL_S, ChainAsk
+from drafters.base import Ask
 
 WORKER = "one that answers"
 
@@ -345,10 +347,29 @@ def test_a_session_that_its_worker_keeps_refusing_holds_no_other_up() -> None:
         rig.now += START_INTERVAL_S + 0.1
     assert rig.pipeline.follows([rig.session.id, other.id])
     rig.drafters["small"].begin = begin  # type: ignore[method-assign]
-    rig.ask()
-    rig.pipeline.ask([(other, ("small",), 8)])
-    rig.transport.join()
+    for _ in range(2):  # its start, and what it is asked then
+        rig.pipeline.ask([(other, ("small",), 8)])
+        rig.transport.join()
     assert not rig.pipeline.stranded(other.id)
+
+
+def test_nor_does_one_that_is_taken_and_then_lost_each_time() -> None:
+    rig = Rig(("small",))
+    other = session("picked on")
+    rig.pipeline.open(other, ("small",))
+    propose = rig.drafters["small"].propose
+
+    def picky(asks: Sequence[Ask], upstream: Mapping[str, TokenTree]) -> dict[str, TokenTree]:
+        if any("picked on" in ask.session_id for ask in asks):
+            raise RuntimeError("not this one")
+        return propose(asks, upstream)
+
+    rig.drafters["small"].propose = picky  # type: ignore[method-assign]
+    for _ in range(2 * MAX_REFUSALS):
+        rig.pipeline.ask([(other, ("small",), 8)])
+        rig.transport.join()
+        rig.now += START_INTERVAL_S + 0.1
+    assert rig.pipeline.stranded(other.id)
 
 
 def test_close_first_tells_the_rest_of_the_text_to_stages_that_follow_it(monkeypatch: pytest.MonkeyPatch) -> None:
