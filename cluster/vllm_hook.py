@@ -45,7 +45,7 @@ EXTRA_ARG = "paceline_max_drafts"
 """Key of ``SamplingParams.extra_args``: guesses the request may be given, 0 for none."""
 VERSIONS = ("0.32",)
 RETRY_S = 2.0
-TREE_NODES = 768  # asked of remote stages for a row, at most: its chain, and what the next one may be
+TREE_NODES = 512  # asked of remote stages for a row, at most: its chain, and what the next one may be
 MAX_ROWS = 1024
 GCS_PATIENCE_S = "86400"  # Ray ends a driver whose GCS is away for a minute; this driver is somebody's vLLM
 
