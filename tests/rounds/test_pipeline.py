@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pytest
-from fakes import ScriptedDrafter
 from pipeline_rig import PATIENCE_S, VOCAB, LyingWorker, Rig, next_token, session, slow, stages_of
 
 from cluster.core.errors import Overloaded
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import Origin
 from cluster.rounds.breaker import MISSES_TO_OPEN
-from cluster.rounds.draft_worker import DraftWorker
 from cluster.rounds.messages import DraftReply, StageReport
-from cluster.rounds.pipeline import LEASE_INTERVAL_S, LEASE_PATIENCE_S, MAX_REFUSALS, START_INTERVAL_S, ChainAsk
-from drafters.base import Ask
+from cluster.rounds.pipeline import LEASE_INTERVAL_S, ChainAsk
 
 WORKER = "one that answers"
 
@@ -147,31 +142,6 @@ def test_an_answer_to_a_sessions_first_ask_being_a_probe_is_timed_like_any_other
     assert other.id in rig.pipeline._sessions
     assert rig.pipeline._sessions[other.id].newest is not None
     assert 0.0 <= rig.pipeline.reply_s < 10.0
-
-
-def test_sessions_all_of_whose_workers_are_left_out_hold_nobody_up() -> None:
-    rig = Rig(("small",))
-    broken = DraftWorker("small", ScriptedDrafter(next_token, vocab_size=VOCAB))
-    other = session("other")
-    rig.transport.placed[other.id, "small"] = broken
-    rig.pipeline.open(other, rig.pipeline.stages)
-    rig.transport.hung = {broken}
-    assert not rig.pipeline.follows([rig.session.id, other.id])
-    for _ in range(MISSES_TO_OPEN):
-        rig.pipeline._failed("small", broken, [other.id])
-    assert rig.pipeline.broken
-    assert rig.pipeline.follows([rig.session.id, other.id])
-
-
-def test_a_session_that_gets_no_worker_holds_nobody_up_for_long() -> None:
-    rig = Rig(("small",))
-    other = session("other")
-    rig.pipeline.open(other, rig.pipeline.stages)
-    rig.transport.close(other.id)
-    assert not rig.pipeline.follows([rig.session.id, other.id])
-    rig.now += LEASE_PATIENCE_S
-    assert rig.pipeline.follows([rig.session.id, other.id])
-    assert not rig.pipeline.follows(["unknown"])
 
 
 def test_a_lost_lease_is_asked_for_again_but_not_in_every_round() -> None:
@@ -323,53 +293,6 @@ def test_stages_are_asked_in_chain_order_and_those_that_are_not_there_are_not() 
     rig.pipeline.ask([(rig.session, ("large", "medium", "small"), 8)])
     (tree,) = rig.pipeline.collect([rig.session], PATIENCE_S).values()
     assert stages_of(tree) == [Origin.MEDIUM]
-
-
-def test_a_session_that_its_worker_keeps_refusing_holds_no_other_up() -> None:
-    rig = Rig(("small",))
-    other = session("picked on")
-    rig.pipeline.open(other, ("small",))
-    begin = rig.drafters["small"].begin
-    refused: list[str] = []
-
-    def picky(session_id: str, *rest: Any, **more: Any) -> None:
-        if "picked on" in session_id:
-            refused.append(session_id)
-            raise RuntimeError("not this one")
-        begin(session_id, *rest, **more)
-
-    rig.drafters["small"].begin = picky  # type: ignore[method-assign]
-    for at in range(MAX_REFUSALS):
-        assert not rig.pipeline.follows([rig.session.id, other.id])
-        rig.pipeline.ask([(rig.session, ("small",), 8), (other, ("small",), 8)])
-        rig.transport.join()
-        assert len(refused) == at + 1, "it is tried again"
-        rig.now += START_INTERVAL_S + 0.1
-    assert rig.pipeline.follows([rig.session.id, other.id])
-    rig.drafters["small"].begin = begin  # type: ignore[method-assign]
-    for _ in range(2):  # its start, and what it is asked then
-        rig.pipeline.ask([(other, ("small",), 8)])
-        rig.transport.join()
-    assert not rig.pipeline.stranded(other.id)
-
-
-def test_nor_does_one_that_is_taken_and_then_lost_each_time() -> None:
-    rig = Rig(("small",))
-    other = session("picked on")
-    rig.pipeline.open(other, ("small",))
-    propose = rig.drafters["small"].propose
-
-    def picky(asks: Sequence[Ask], upstream: Mapping[str, TokenTree]) -> dict[str, TokenTree]:
-        if any("picked on" in ask.session_id for ask in asks):
-            raise RuntimeError("not this one")
-        return propose(asks, upstream)
-
-    rig.drafters["small"].propose = picky  # type: ignore[method-assign]
-    for _ in range(2 * MAX_REFUSALS):
-        rig.pipeline.ask([(other, ("small",), 8)])
-        rig.transport.join()
-        rig.now += START_INTERVAL_S + 0.1
-    assert rig.pipeline.stranded(other.id)
 
 
 def test_close_first_tells_the_rest_of_the_text_to_stages_that_follow_it(monkeypatch: pytest.MonkeyPatch) -> None:
