@@ -59,7 +59,7 @@ def load_target(
     engine: EngineConfig,
     stages: Sequence[str] = (),
     report: Callable[[str], None] = log.info,
-    recruiter: Recruiter | None = ON_THIS_MACHINE,
+    recruiter: Recruiter = ON_THIS_MACHINE,
 ) -> Target:
     """Load weights, reserve KV, measure the cost curve. ``recruiter``: of the other tensor-parallel ranks, if any.
 
@@ -146,7 +146,7 @@ def build_engine(
     config: ServiceConfig,
     connect: Callable[[ModelInfo], DraftTransport] | None = None,
     report: Callable[[str], None] = log.info,
-    recruiter: Recruiter | None = ON_THIS_MACHINE,
+    recruiter: Recruiter = ON_THIS_MACHINE,
 ) -> TreeEngine:
     """A running engine. ``connect`` makes the transport to the remote stages once the target's facts are known;
     ``recruiter``: see ``load_target``."""

@@ -196,11 +196,8 @@ def _own_rank(
     target = site.target
     model = stage.model or ModelConfig(source=str(target.folder), dtype=target.dtype)
     size, draft = model.tensor_parallel_size, find_draft(model.source, target.folder)
-    if size != 1 and (site.recruiter is None or draft is not None):
-        raise ConfigError(
-            f"model.tensor_parallel_size: {size} is for remote stages of one stock model, neither distilled nor a part"
-            " of a staged drafter; allowed here: 1"
-        )
+    if size != 1 and draft is not None:
+        raise ConfigError(f"model.tensor_parallel_size: {size} is not for distilled models; allowed: 1")
     scratch = options.prefill_chunk + options.guess_rows
     if draft is not None:
         kernels = choose_kernels(model.kernels, model.dtype, model.threads)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from cluster.core.config import ModelConfig
-from cluster.core.errors import EngineDied
+from cluster.core.errors import ConfigError, EngineDied
 from cluster.engine.collectives import LOOPBACK, Address, Meeting, RankGroup, RankLost
 from cluster.engine.decoder import Decoder
 from cluster.engine.kernels import Kernels, choose_kernels
@@ -174,15 +174,18 @@ def load_rank(
 ) -> Rank:
     """A model as its configuration says: on one rank, or the first of several, for which it takes ``recruiter``.
 
-    Raises as ``build_rank`` and ``build_sharded_rank``.
+    Raises as ``build_rank`` and ``build_sharded_rank``, and ``ConfigError`` for several without a ``recruiter``.
     """
     sizes = {"num_slots": num_slots, "capacity": capacity, "scratch": scratch}
-    if model.tensor_parallel_size == 1 or recruiter is None:
+    size = model.tensor_parallel_size
+    if size == 1:
         return build_rank(folder, model.dtype, kernels=model.kernels, threads=model.threads, **sizes)
+    if recruiter is None:
+        raise ConfigError(f"model.tensor_parallel_size: {size} is for remote stages and targets; allowed here: 1")
     return build_sharded_rank(
         folder,
         model.dtype,
-        model.tensor_parallel_size,
+        size,
         recruiter.recruit,
         kernels=model.kernels,
         threads=model.threads,
