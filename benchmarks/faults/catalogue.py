@@ -90,22 +90,21 @@ def drafters_lie(rig: Rig) -> float:
     return wait_until(rig.speculates(), LIMIT_S, "guesses are accepted again")
 
 
-def target_killed(rig: Rig) -> float:
-    before = rig.targets()
-    kill(min(before))
+def target_killed(part: str = "target") -> Strike:
+    """One of a target's processes: its replica's, or another rank's."""
 
-    def replaced() -> bool:
-        return len(rig.targets()) == rig.layout.targets and min(before) not in rig.targets()
+    def strike(rig: Rig) -> float:
+        victim = rig.loads()[0].worker_pids
+        kill(victim[part])
 
-    passed = wait_until(replaced, LIMIT_S, "another target serves")
-    return passed + wait_until(rig.speculates(), LIMIT_S, "speculation")
+        def replaced() -> bool:
+            targets = rig.targets()
+            return len(targets) == rig.layout.targets and victim["target"] not in targets
 
+        passed = wait_until(replaced, LIMIT_S, "another target serves in its place")
+        return passed + wait_until(rig.speculates(), LIMIT_S, "speculation")
 
-def rank_killed(rig: Rig) -> float:
-    before = rig.pid("target")
-    kill(rig.pid("rank 1"))
-    passed = wait_until(lambda: bool(rig.targets() - {before}), LIMIT_S, "another target serves, with ranks of its own")
-    return passed + wait_until(rig.speculates(), LIMIT_S, "speculation")
+    return strike
 
 
 def actor_killed(title: str) -> Strike:
@@ -237,7 +236,7 @@ FAULTS: tuple[Fault, ...] = (
         "target_killed",
         "the only target's replica: kill -9",
         "streams pause until another replica has loaded, then go on after their last token",
-        target_killed,
+        target_killed(),
         90.0,
         90.0,
         NEW_TARGET,
@@ -246,7 +245,7 @@ FAULTS: tuple[Fault, ...] = (
         "target_of_two_killed",
         "one of two target replicas: kill -9",
         "its streams go on at the other one at once",
-        target_killed,
+        target_killed(),
         10.0,
         90.0,
         "pause: Serve's handle learns of the death with the broken call. Recovery: " + NEW_TARGET,
@@ -256,11 +255,21 @@ FAULTS: tuple[Fault, ...] = (
         "rank_killed",
         "rank 1 of a tensor-parallel target (2 ranks): kill -9",
         "the other rank ends with it, Serve replaces the replica whole, streams are replayed",
-        rank_killed,
+        target_killed("rank 1"),
         120.0,
         120.0,
         NEW_TARGET,
         Layout(ranks=2),
+    ),
+    Fault(
+        "rank_of_two_killed",
+        "rank 1 of one of two tensor-parallel targets (2 ranks each): kill -9",
+        "the other rank ends with it; its streams go on at the other target at once",
+        target_killed("rank 1"),
+        10.0,
+        120.0,
+        f"pause: the rank's death is noticed within a step. Recovery: {NEW_TARGET}",
+        Layout(targets=2, ranks=2),
     ),
     Fault(
         "ingress_killed",
