@@ -35,7 +35,16 @@ from cluster.engine.weights import eos_token_ids, load_tokenizer, read_config, r
 from cluster.rounds.detokenize import text_of
 from cluster.rounds.session import Limits, Session
 from cluster.tree_engine import check_request
-from cluster.vllm_hook import DRAFTERS, EXTRA_ARG, LOCAL, StatLogger, WorkerExtension, check_version, speculative_config
+from cluster.vllm_hook import (
+    DRAFTERS,
+    EXTRA_ARG,
+    GOVERNOR,
+    LOCAL,
+    StatLogger,
+    WorkerExtension,
+    check_version,
+    speculative_config,
+)
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +91,8 @@ class VllmEngine:
         self._closed = False
         if self._speculates:
             places = ([LOCAL] if local else []) + ([drafters] if config.remote_stages else [])
-            os.environ[DRAFTERS] = ",".join(places)  # vLLM's processes inherit it
+            os.environ[DRAFTERS] = ",".join(places)  # vLLM's processes inherit both
+            os.environ[GOVERNOR] = config.engine.governor
         self._llm = _start(args, self._counters)
         max_model_len: int = self._llm.model_config.max_model_len
         self._limits = Limits(max_model_len, frozenset(eos_token_ids(folder)))

@@ -5,8 +5,8 @@
 
 ``PACELINE_DRAFTERS``: ``local``, n-gram guesses in the worker itself; the GCS of a Ray cluster and an application of
 draft stages on it; or both, of which the faster is used. Where the cluster or its drafters are missing, vLLM decodes
-without them, and uses them once they are there. Guesses are verified as argmax chains, so output stays vLLM's own
-(docs/vllm.md).
+without them, and uses them once they are there, as far as they make it faster (``PACELINE_GOVERNOR=always``: whether
+they do or not). Guesses are verified as argmax chains, so output stays vLLM's own (docs/vllm.md).
 
 The only file that knows vLLM's internals: a new version of it costs this file.
 """
@@ -41,6 +41,8 @@ log = logging.getLogger("vllm.paceline")  # below vLLM's own logger, so that its
 
 DRAFTERS = "PACELINE_DRAFTERS"
 LOCAL = "local"
+GOVERNOR = "PACELINE_GOVERNOR"
+GOVERNORS = ("auto", "always")
 EXTRA_ARG = "paceline_max_drafts"
 """Key of ``SamplingParams.extra_args``: guesses the request may be given, 0 for none."""
 VERSIONS = ("0.32",)
@@ -76,7 +78,11 @@ class PacelineProposer:
         self._drafter: ChainDrafter | None = None
         if _is_output_rank(vllm_config):
             local, remote = places(os.environ.get(DRAFTERS, LOCAL), self._max_drafts)
-            threading.Thread(target=self._connect, args=(local, remote, facts), name="paceline", daemon=True).start()
+            governor = os.environ.get(GOVERNOR, "auto")
+            if governor not in GOVERNORS:
+                raise ConfigError(f"{GOVERNOR}: {governor!r}; allowed: {', '.join(GOVERNORS)}")
+            work = (local, remote, facts, governor == "always")
+            threading.Thread(target=self._connect, args=work, name="paceline", daemon=True).start()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """The CPU runner calls it unasked; there is no model here."""
@@ -119,9 +125,11 @@ class PacelineProposer:
         extra = [(request.sampling_params.extra_args or {}) if request else {} for request in requests]
         return [min(self._max_drafts, int(args.get(EXTRA_ARG, self._max_drafts))) for args in extra]
 
-    def _connect(self, local: Connect[LocalDrafter] | None, remote: Connect[Remote] | None, model: Model) -> None:
+    def _connect(
+        self, local: Connect[LocalDrafter] | None, remote: Connect[Remote] | None, model: Model, always: bool
+    ) -> None:
         """In the background: vLLM never waits for drafters."""
-        drafter = ChainDrafter(None if local is None else _connected(local, model))
+        drafter = ChainDrafter(None if local is None else _connected(local, model), always)
         if local is not None:
             self._drafter = drafter
         if remote is not None:

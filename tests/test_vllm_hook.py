@@ -13,7 +13,7 @@ from tiny import save_tiny_llama
 from cluster import vllm_hook
 from cluster.core.errors import ConfigError
 from cluster.vllm_engine import engine_args
-from cluster.vllm_hook import DRAFTERS, EXTRA_ARG, LOCAL, PacelineProposer, StatLogger, check_version
+from cluster.vllm_hook import DRAFTERS, EXTRA_ARG, GOVERNOR, LOCAL, PacelineProposer, StatLogger, check_version
 
 PROMPT = [5, 6, 7, 8, 9, 5, 6, 7]
 
@@ -88,6 +88,12 @@ def test_without_drafters_there_are_no_guesses(monkeypatch: pytest.MonkeyPatch) 
 def test_a_bad_place_of_drafters_is_refused_at_start(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     with pytest.raises(ConfigError, match="HOST:PORT/APPLICATION"):
         proposer(monkeypatch, "/no/such/model", where)
+
+
+def test_an_unknown_governor_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(GOVERNOR, "never")
+    with pytest.raises(ConfigError, match="PACELINE_GOVERNOR: 'never'; allowed: auto, always"):
+        proposer(monkeypatch, "/no/such/model")
 
 
 def test_another_version_of_vllm_is_refused_and_none_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

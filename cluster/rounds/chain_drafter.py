@@ -3,7 +3,8 @@
 The drafters' trees become chains. Those of a local drafter are made within the call. Remote stages work while the
 engine verifies, on the text as it stood before, and send more nodes than a chain has: where the tokens that come walk
 into such a tree, the next chain is a look-up. Only where many rows have none in store does a step wait, and then for a
-share of its own time. Where both are there, whichever is faster is used, and the local one fills in for missing trees.
+share of its own time. Local drafter, remote stages or no guesses: whichever is fastest is used. Where it is the remote
+stages, the local drafter fills in for missing trees.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from cluster.core.token_tree import TokenTree
 from cluster.rounds.calibration import Calibration, Offers
 from cluster.rounds.local_drafter import LocalDrafter
-from cluster.rounds.modes import LOCAL, MIXED, PLAIN, REMOTE, ModeChooser
+from cluster.rounds.modes import LEARNING_ROUNDS, LOCAL, MIN_ROUNDS, MIXED, PLAIN, REMOTE, ModeChooser
 from cluster.rounds.pipeline import Pipeline
 from cluster.rounds.remote_use import RemoteUse
 from cluster.rounds.rows import FORGET_AFTER_S, Row, RowText, RowTexts
@@ -95,14 +96,20 @@ class ChainDrafter:
     """
 
     def __init__(
-        self, local: LocalDrafter | None, clock: Callable[[], float] = time.monotonic, thread: bool = True
+        self,
+        local: LocalDrafter | None,
+        always: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        thread: bool = True,
     ) -> None:
-        """``local``: guesses within the call. ``thread``: False leaves its work to calls of ``learn`` and ``reap``."""
+        """``local``: guesses within the call. ``always``: use remote stages whether they are faster or not. ``thread``:
+        False leaves its work to calls of ``learn`` and ``reap``."""
         self._local = local
+        self._always = always
         self._remote: Remote | None = None
-        self._remote_use: RemoteUse | None = None
-        self._modes = ModeChooser()
         self._clock = clock
+        self._ways: dict[int, RemoteUse] = {}  # by load
+        self._mode = PLAIN  # of the last step's guesses
         self._lock = threading.Lock()
         self._texts = RowTexts()
         self._calibration = Calibration()
@@ -123,13 +130,10 @@ class ChainDrafter:
             threading.Thread(target=self._work, name="chain-drafter", daemon=True).start()
 
     def join(self, remote: Remote) -> None:
-        """From now on remote stages guess, too: where they are faster than a local drafter, always where there is none.
-        From any thread."""
-        usual = [PLAIN] if self._local is None else [LOCAL]
+        """From now on remote stages may guess, too. From any thread."""
         with self._lock:
             self._remote = remote
-            always = self._local is None
-            self._remote_use = RemoteUse(self._modes, usual, remote.pipeline, self._clock, always=always)
+            self._ways.clear()
             for text in self._texts:
                 remote.pipeline.open(text, ())
 
@@ -192,11 +196,16 @@ class ChainDrafter:
             while self._lessons:
                 self._learn(self._lessons.popleft())
 
-    @property
-    def _mode(self) -> str:
-        if self._remote_use is not None:
-            return self._remote_use.mode
-        return LOCAL if self._local is not None else PLAIN
+    def _way(self, rows: int) -> RemoteUse:
+        """The choice among the ways there are, with so many rows: what is best for one need not be for many, whose
+        guesses take longer to verify."""
+        load = rows.bit_length()
+        if load not in self._ways:
+            usual = [PLAIN] if self._local is None else [LOCAL, PLAIN]
+            modes = ModeChooser(max(MIN_ROUNDS, LEARNING_ROUNDS // max(1, rows)))
+            pipeline = self._remote.pipeline if self._remote is not None else None
+            self._ways[load] = RemoteUse(modes, usual, pipeline, self._clock, always=self._always)
+        return self._ways[load]
 
     def _open(self, text: RowText) -> None:
         if self._local is not None:
@@ -206,12 +215,13 @@ class ChainDrafter:
 
     def _learn(self, lesson: _Lesson) -> None:
         if lesson.seconds is not None and lesson.total_s is not None:
-            if lesson.mode in (PLAIN, LOCAL) or self._local is None:
-                # Remote drafting slows steps down for reasons of its own: one yardstick for both ways.
+            # Remote drafting slows steps down for reasons of its own, which must not pass for those of a plain step.
+            alone = lesson.mode in (PLAIN, LOCAL) or self._always
+            if alone or (self._local is None and lesson.drafts):
                 self._times.observe(lesson.rows, lesson.drafts, lesson.seconds)
             if self._times.known and lesson.mode != MIXED:
                 plain_s = self._times.seconds(lesson.rows, 0)
-                self._modes.observe(lesson.mode, lesson.tokens, lesson.total_s / plain_s)
+                self._way(lesson.rows).modes.observe(lesson.mode, lesson.tokens, lesson.total_s / plain_s)
         if lesson.offers is not None:
             self._calibration.observe(lesson.offers, lesson.outcomes)
             for outcome in filter(None, lesson.outcomes):
@@ -241,9 +251,15 @@ class ChainDrafter:
 
     def _chains(self, texts: Sequence[RowText], rows: int) -> list[list[int]]:
         """``rows``: of the step, also those that want no guesses."""
+        most = self._remote.tree_nodes if self._remote is not None else 0
+        nodes = min(most, max(1, STEP_NODES // max(1, len(texts))))
+        way = self._way(rows)
+        way.ask([(text, nodes) for text in texts])
+        self._mode = way.mode
         remote = self._remote_trees(texts, rows)
         others = [text for text in texts if text.id not in remote]
-        trees = remote | (self._local.trees(others) if self._local is not None and others else {})
+        ask_local = others and self._mode != PLAIN
+        trees = remote | (self._local.trees(others) if self._local is not None and ask_local else {})
         best = {text.id: best_chain(trees[text.id], text.max_drafts) for text in texts if text.id in trees}
         offered = {row_id: chain for row_id, chain in best.items() if len(chain)}
         if not offered:
@@ -258,11 +274,9 @@ class ChainDrafter:
 
     def _remote_trees(self, texts: Sequence[RowText], rows: int) -> dict[str, TokenTree]:
         """Of rows that have any in time: what was found below the tokens that came, or came while the step waited."""
-        if self._remote is None or self._remote_use is None or not texts:
+        if self._remote is None or not texts:
             return {}
         pipeline, step_s = self._remote.pipeline, self._times.seconds(rows, 0)
-        nodes = min(self._remote.tree_nodes, max(1, STEP_NODES // len(texts)))
-        self._remote_use.ask([(text, nodes) for text in texts])
         waiting = sum(pipeline.awaits(text.id, math.inf) for text in texts)
         start = self._clock()
         patience = min(WAIT_SHARE, WAIT_PER_TOKEN * self._gain) * step_s * waiting / len(texts)

@@ -20,7 +20,7 @@ HYSTERESIS = 1.05  # another mode must be faster than the one in use by this fac
 PLAIN_HANDICAP = 0.93  # the usual way comes down to plain decoding by itself where guesses do not pay
 ALTERNATION_GAIN = 1.05  # two groups must promise to be so much faster than one, to be tried
 MIN_ROUNDS = 6  # measured rounds before a mode's speed counts ...
-USUAL_ROUNDS = 64  # ... and before the usual one's does, which learns in its first rounds what guesses are worth
+LEARNING_ROUNDS = 64  # ... and before that of the first with guesses does, which learns meanwhile what they are worth
 LOOK_GAP = 48  # rounds between two looks at modes not in use, at least
 LOOK_ROUNDS = 4  # how long a look is; its first round only brings the drafters up to date
 LOOK_COST = 0.01  # share of the time that looks may cost
@@ -31,8 +31,12 @@ RECENT = 0.998  # what counts as "the time" fades by this much a round
 
 @dataclass(slots=True)
 class ModeChooser:
-    """Speed is relative to plain decoding of as many sessions, so that modes compare although load changes."""
+    """Speed is relative to plain decoding of as many sessions, so that modes compare although load changes.
 
+    ``learning_rounds``: before the speed of the first mode with guesses counts.
+    """
+
+    learning_rounds: int = LEARNING_ROUNDS
     tokens: dict[str, float] = field(default_factory=dict)
     steps: dict[str, float] = field(default_factory=dict)
     rounds: Counter[str] = field(default_factory=Counter)
@@ -67,7 +71,7 @@ class ModeChooser:
         if not measurable:
             return max((mode for mode in modes if self.rounds[mode] >= MIN_ROUNDS), key=self.speed, default=modes[0])
         best = self.best(modes)
-        if self.rounds[best] >= MIN_ROUNDS:
+        if not self._hardly_measured(best, modes):
             self.in_use = best
         others = [mode for mode in modes if mode != best]
         if self.look_left and self.looking_at in modes:
@@ -84,12 +88,9 @@ class ModeChooser:
 
     def best(self, modes: Sequence[str]) -> str:
         """A mode hardly measured, else the fastest; the one in use (at first ``modes[0]``) must be clearly beaten."""
-        usual, *others = modes
-        if self.rounds[usual] < USUAL_ROUNDS:
-            return usual
-        unseen = [mode for mode in others if self.rounds[mode] < MIN_ROUNDS]
-        if unseen:
-            return unseen[0]
+        if unknown := [mode for mode in modes if self._hardly_measured(mode, modes)]:
+            return unknown[0]
+        usual = modes[0]
         kept = self.in_use if self.in_use in modes else usual
 
         def value(mode: str) -> float:
@@ -97,6 +98,10 @@ class ModeChooser:
             return self.speed(mode) * handicap * (HYSTERESIS if mode == kept else 1.0)
 
         return max(modes, key=value)
+
+    def _hardly_measured(self, mode: str, modes: Sequence[str]) -> bool:
+        learning = next((each for each in modes if each != PLAIN), None)
+        return self.rounds[mode] < (self.learning_rounds if mode == learning else MIN_ROUNDS)
 
     def speed(self, mode: str) -> float:
         """Tokens per session and plain step of late; 0 where the mode was never measured."""

@@ -32,7 +32,7 @@ class RemoteUse:
         """``usual``: what the engine can do by itself, the likely best first. ``always``: ask whoever can be reached,
         fast or not. ``named_only``: no session gets workers that did not name their stage."""
         self.mode = usual[0]
-        self._modes = modes
+        self.modes = modes
         self._usual = list(usual)
         self._pipeline = pipeline
         self._clock = clock
@@ -92,15 +92,15 @@ class RemoteUse:
         if self._always:
             return (ALTERNATING if two_groups else REMOTE) if reachable else self._usual[0]
         remote = () if not reachable else FROM_STAGES if two_groups else (REMOTE,)
-        return self._modes.choose([*self._usual, *remote], measurable)
+        return self.modes.choose([*self._usual, *remote], measurable)
 
     def _fallback(self) -> str:
-        return self._usual[0] if self._always else self._modes.best(self._usual)
+        return self._usual[0] if self._always else self.modes.best(self._usual)
 
     def _worth_leases(self, ways: Sequence[str]) -> bool:
         """Whether sessions shall hold workers of the remote stages: they pay, or it is time to see if they would.
         ``ways``: in which they may be used now."""
-        modes, now = self._modes, self._clock()
+        modes, now = self.modes, self._clock()
         if self._always:
             return True
         if self._named_only:

@@ -14,6 +14,7 @@ from cluster.rounds.chain_drafter import STEP_NODES, ChainDrafter, Remote, best_
 from cluster.rounds.draft_worker import DraftWorker
 from cluster.rounds.local_drafter import LocalDrafter
 from cluster.rounds.messages import DraftReply
+from cluster.rounds.modes import LEARNING_ROUNDS, REMOTE
 from cluster.rounds.pipeline import ChainAsk, Deliver, Fail, Pipeline
 from cluster.rounds.rows import FORGET_AFTER_S, LINGER_S, Row, RowTexts
 from cluster.rounds.step_times import MIN_STEPS, MOST_OUTLIERS, PROBE_STEPS, ChainLengths, StepTimes
@@ -68,19 +69,22 @@ def remote_stage(drafter: ScriptedDrafter) -> Remote:
 
 
 class Rig:
-    """A chain drafter whose clock only moves when told to."""
+    """A chain drafter whose clock only moves when told to. ``governed``: remote stages are used where they pay."""
 
-    def __init__(self, outcomes: bool = False, inline: bool = True, local: LocalDrafter | None = None) -> None:
+    def __init__(
+        self, outcomes: bool = False, inline: bool = True, local: LocalDrafter | None = None, governed: bool = False
+    ) -> None:
         self.now = 100.0
+        self.seconds = lambda: 0.02  # of the step behind the last call
         self.drafter = ScriptedDrafter(count_on, vocab_size=VOCAB)
         workers = {"small": DraftWorker("small", self.drafter)}
         self.transport = InlineTransport(workers) if inline else InProcessTransport(workers)
         self.pipeline = Pipeline(self.transport, ["small"], VOCAB, 16, clock=lambda: self.now, outcomes=outcomes)
-        self.chains = ChainDrafter(local, clock=lambda: self.now, thread=False)
+        self.chains = ChainDrafter(local, always=not governed, clock=lambda: self.now, thread=False)
         self.chains.join(Remote(self.pipeline, 16))
 
-    def step(self, *rows: Row, seconds: float = 0.02) -> list[list[int]]:
-        self.now += seconds
+    def step(self, *rows: Row) -> list[list[int]]:
+        self.now += self.seconds()
         self.chains.learn()
         return self.chains.propose(rows)
 
@@ -160,7 +164,7 @@ def test_stages_are_asked_for_trees_of_outcomes_which_are_smaller_where_rows_are
         return count_on(tokens, ask)
 
     transport = InlineTransport({"small": DraftWorker("small", ScriptedDrafter(guess, vocab_size=VOCAB))})
-    chains = ChainDrafter(None, thread=False)
+    chains = ChainDrafter(None, always=True, thread=False)
     chains.join(Remote(Pipeline(transport, ["small"], VOCAB, 768, outcomes=True), 768))
     chains.propose([row([5, 6, first], 1) for first in range(rows)])
     chains.propose([row([5, 6, first, 7], 1) for first in range(rows)])
@@ -204,7 +208,7 @@ def local_source(guess: Callable[[list[int], Ask], TokenTree]) -> LocalDrafter:
     return LocalDrafter("small", ScriptedDrafter(guess, vocab_size=VOCAB), VOCAB, 16)
 
 
-def count(rig: Rig, steps: int, seconds: float = 0.02, beside: bool = False) -> int:
+def count(rig: Rig, steps: int, beside: bool = False) -> int:
     """So many steps of a target whose every token is one more than the last. Returns how many tokens they yielded.
     ``beside``: another row wants no guesses."""
     tokens, chain = [40, 41], list[int]()
@@ -213,12 +217,12 @@ def count(rig: Rig, steps: int, seconds: float = 0.02, beside: bool = False) -> 
         right = next((i for i, (a, b) in enumerate(zip(chain, wanted)) if a != b), len(chain))
         tokens += wanted[: right + 1]
         others = [row([7] * (at + 2), 1, max_drafts=0)] if beside else []
-        chain, *_ = rig.step(row(list(tokens), right + 1), *others, seconds=seconds)
+        chain, *_ = rig.step(row(list(tokens), right + 1), *others)
     return len(tokens) - 2
 
 
 def test_a_local_drafter_fills_in_while_remote_stages_are_silent() -> None:
-    rig = Rig(inline=False, local=local_source(count_on))
+    rig = Rig(inline=False, local=local_source(count_on), governed=True)
     rig.transport.hung = {"small"}
     assert count(rig, 300) > 1400
     assert rig.chains.report().stages == {"local": ("small",), "remote": ("small",)}
@@ -227,7 +231,7 @@ def test_a_local_drafter_fills_in_while_remote_stages_are_silent() -> None:
 @pytest.mark.parametrize("remote_is_better", [True, False])
 def test_of_local_and_remote_guesses_the_better_are_used(remote_is_better: bool) -> None:
     guesses = [always_five, count_on]
-    rig = Rig(local=local_source(guesses[not remote_is_better]))
+    rig = Rig(local=local_source(guesses[not remote_is_better]), governed=True)
     rig.drafter.make = guesses[remote_is_better]
     count(rig, 200)
     before = rig.chains.report().remote_steps
@@ -238,8 +242,26 @@ def test_of_local_and_remote_guesses_the_better_are_used(remote_is_better: bool)
     assert yielded > 1600
 
 
+@pytest.mark.parametrize(
+    ("guess", "slower", "pays"), [(count_on, 1.5, True), (always_five, 1.0, False), (count_on, 6.0, False)]
+)
+def test_where_there_is_no_local_drafter_remote_stages_are_used_as_far_as_they_pay(
+    guess: Callable[[list[int], Ask], TokenTree], slower: float, pays: bool
+) -> None:
+    """``slower``: what remote drafting makes of a step, whatever comes of it."""
+    rig = Rig(governed=True)
+    rig.drafter.make = guess
+    rig.seconds = lambda: 0.02 * (slower if rig.chains._mode == REMOTE else 1.0)
+    count(rig, 300)
+    before = rig.chains.report().remote_steps
+    assert before > LEARNING_ROUNDS / 2
+    count(rig, 600)
+    share = (rig.chains.report().remote_steps - before) / 600
+    assert share > 0.9 if pays else share < 0.1
+
+
 def test_a_row_that_wants_no_guesses_does_not_keep_the_others_from_the_better_way() -> None:
-    rig = Rig(local=local_source(always_five))
+    rig = Rig(local=local_source(always_five), governed=True)
     count(rig, 400, beside=True)
     assert rig.chains.report().remote_steps > 200
 

@@ -6,7 +6,7 @@ import time
 
 from pipeline_rig import PATIENCE_S, Rig, session
 
-from cluster.rounds.modes import MIN_ROUNDS, MIXED, PLAIN, REMOTE, USUAL_ROUNDS, ModeChooser
+from cluster.rounds.modes import LEARNING_ROUNDS, MIN_ROUNDS, MIXED, PLAIN, REMOTE, ModeChooser
 from cluster.rounds.pipeline import LEASE_PATIENCE_S
 from cluster.rounds.remote_use import RemoteUse
 
@@ -21,7 +21,7 @@ class Crowded(Rig):
         self.other = session("other")
         self.pipeline.open(self.other, ())
         self.modes = ModeChooser()
-        for _ in range(USUAL_ROUNDS + 1):
+        for _ in range(MIN_ROUNDS + 1):
             self.modes.observe(PLAIN, 1.0, 1.0)
         self.use = RemoteUse(self.modes, [PLAIN], self.pipeline, lambda: self.now + time.monotonic(), always=always)
 
@@ -41,9 +41,9 @@ def test_a_trial_ends_although_some_session_never_gets_a_worker() -> None:
     rig = Crowded()
     assert {rig.next_mode() for _ in range(5)} == {PLAIN}  # it may still get one: the stage only catches up
     rig.now += LEASE_PATIENCE_S
-    modes = [rig.next_mode() for _ in range(2 * MIN_ROUNDS)]
-    assert modes == [REMOTE] * (MIN_ROUNDS + 1) + [PLAIN] * (MIN_ROUNDS - 1)  # the first round is not measured
-    assert rig.modes.rounds[REMOTE] == MIN_ROUNDS
+    modes = [rig.next_mode() for _ in range(LEARNING_ROUNDS + 5)]
+    assert modes == [REMOTE] * (LEARNING_ROUNDS + 1) + [PLAIN] * 4  # the first round is not measured
+    assert rig.modes.rounds[REMOTE] == LEARNING_ROUNDS
 
 
 def test_a_round_in_which_a_session_has_its_worker_but_no_tree_yet_is_measured_for_none() -> None:

@@ -30,7 +30,9 @@ def drafting(ray_cluster: object) -> Iterator[Engine]:
     model = {"source": REAL, "name": "m", "dtype": "float32"}
     serve.run(build_drafters({"target_model": model, "stages": stages}), name=APP, route_prefix=None)
     gcs = ray.get_runtime_context().gcs_address
-    engine = Engine(REAL, "float32", f"{gcs}/{APP}", remote_stages=["small"], local_drafter=None)
+    engine = Engine(
+        REAL, "float32", f"{gcs}/{APP}", remote_stages=["small"], local_drafter=None, engine={"governor": "always"}
+    )
     while not engine.report():
         time.sleep(0.5)
     yield engine

@@ -21,7 +21,7 @@ class Engine:
 
     def __init__(self, source: str, dtype: str, drafters: str = "", **config: Any) -> None:
         args = {"enforce_eager": True, "seed": 0, **config.pop("engine_args", {})}
-        engine = {"max_model_len": 512, "kv_slots": 8, "max_waiting": 8}
+        engine = {"max_model_len": 512, "kv_slots": 8, "max_waiting": 8, **config.pop("engine", {})}
         fields = {
             "model": {"source": source, "name": "m", "dtype": dtype},
             "engine": engine,
