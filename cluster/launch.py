@@ -26,7 +26,7 @@ from cluster.leases import RayDraftTransport
 from cluster.placement import rank_resources
 from cluster.rounds.draft_worker import DraftWorker
 from cluster.rounds.messages import PROTOCOL_VERSION, DraftAsk, WorkerFacts, WorkerLoad, pack, unpack
-from drafters import TargetFacts, create
+from drafters import TargetFacts, create, reads_target
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,7 +50,7 @@ class DraftActor:
         from cluster.engine.weights import load_tokenizer, read_config, resolve_model
 
         show_logs_in_actor()
-        folder = resolve_model(config.target_model.source, log.info, weights=stage.drafter != "sssd")
+        folder = resolve_model(config.target_model.source, log.info, weights=reads_target(stage))
         facts = TargetFacts(read_config(folder).vocab_size, config.max_model_len, folder, config.target_model.dtype)
         self._crews: list[RayCrew] = []
         recruiter = _recruiter(stage.model, self._crews) if stage.model and stage.num_ranks > 1 else None

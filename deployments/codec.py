@@ -223,7 +223,7 @@ class Codec:
 
 def check_model(name: str, info: ModelInfo) -> None:
     if name and name != info.model:
-        raise NotFound(f"model: {name!r} is not served here; served: {info.model}")
+        raise NotFound(f"model: {name!r} is not served here; served: {info.model}", "model")
 
 
 def owner_of(authorization: str, cache_salt: str) -> str:

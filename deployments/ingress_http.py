@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -70,7 +71,7 @@ def build_app(service: Service) -> FastAPI:
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> Response:
         if model != service.model:
-            return error_response(NotFound(f"model: {model!r} is not served here; served: {service.model}"))
+            return error_response(NotFound(f"model: {model!r} is not served here; served: {service.model}", "model"))
         return JSONResponse(model_json(service, started))
 
     @app.get("/health")
@@ -87,7 +88,8 @@ def build_app(service: Service) -> FastAPI:
     async def routing_error(request: Request, error: Exception) -> Response:
         # Raised by the router only: an unknown path or a wrong method.
         assert isinstance(error, HTTPException)
-        message = f"{request.method} {request.url.path}: {error.detail}"
+        served = ", ".join(route.path for route in app.routes if isinstance(route, APIRoute))
+        message = f"{request.method} {request.url.path}: {error.detail}; served: {served}"
         body = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
         return JSONResponse({"error": body}, error.status_code, error.headers)
 
@@ -241,7 +243,7 @@ def error_object(error: Exception, request_id: str = "") -> dict[str, Any]:
         "error": {
             "message": public_message(error, request_id),
             "type": status.kind,
-            "param": error.field if isinstance(error, InvalidArgument) else None,
+            "param": error.field if isinstance(error, InvalidArgument | NotFound) else None,
             "code": status.grpc.name.lower(),
         }
     }

@@ -19,6 +19,8 @@ from cluster.core.types import Origin, Speculation, SpeculationStats
 from deployments.codec import ClientRequest
 from deployments.service import Usage
 
+MAX_SHOWN = 80  # characters of an offending value
+
 IGNORED = frozenset(
     (
         "user",
@@ -28,10 +30,14 @@ IGNORED = frozenset(
         "safety_identifier",
         "prompt_cache_key",
         "prompt_cache_retention",
+        "prompt_cache_options",
         "parallel_tool_calls",
     )
 )
 """Accounting and caching hints, accepted and ignored: no value of theirs changes an answer."""
+
+CACHE_HINTS = frozenset(("prompt_cache_breakpoint",))
+"""The same in a part of a message's content."""
 
 UNSERVED: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -52,6 +58,7 @@ UNSERVED: Mapping[str, tuple[Any, ...]] = {
     "reasoning_effort": (),
     "verbosity": (),
     "web_search_options": (),
+    "moderation": (),
 }
 """Fields of OpenAI's API that are not served, with the values that ask for nothing; null always does."""
 
@@ -78,7 +85,9 @@ def _refuse_unserved(body: Any, unserved: Mapping[str, tuple[Any, ...]], where: 
         if not any(type(body[name]) is type(value) and body[name] == value for value in asks_for_nothing):
             allowed = " or ".join(json.dumps(value) for value in asks_for_nothing)
             hint = f"; {INSTEAD[name]}" if name in INSTEAD else ""
-            raise InvalidArgument(f"{where}{name}", f"is not served; allowed here: {allowed}{hint}")
+            raise InvalidArgument(
+                f"{where}{name}", f"{_shown(body[name])} is not served; allowed here: {allowed}{hint}"
+            )
     return {name: value for name, value in body.items() if name not in unserved}
 
 
@@ -134,7 +143,7 @@ def _content(value: Any) -> str:
         raise ValueError("must be a string or a list of text parts")
     texts = []
     for part in value:
-        if not isinstance(part, dict) or set(part) != {"type", "text"} or part["type"] != "text":
+        if not isinstance(part, dict) or part.keys() - CACHE_HINTS != {"type", "text"} or part["type"] != "text":
             raise ValueError('only parts of the form {"type": "text", "text": ...} are served')
         if not isinstance(part["text"], str):
             raise ValueError("a part's text must be a string")
@@ -304,7 +313,17 @@ def parse_body(kind: type[B], body: bytes) -> B:
         if issue["type"] == "extra_forbidden":
             known = ", ".join(_known(kind, issue["loc"]))
             raise InvalidArgument(name, f"is not a known field; known: {known}") from None
-        raise InvalidArgument(name, issue["msg"].removeprefix("Value error, ")) from None
+        got = "" if issue["type"] in ("missing", "value_error") else f", got {_shown(issue['input'])}"
+        raise InvalidArgument(name, issue["msg"].removeprefix("Value error, ") + got) from None
+
+
+def _shown(value: Any) -> str:
+    """An offending value, in a few words where it is long: the door's other streams wait meanwhile."""
+    if isinstance(value, list | dict):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    if isinstance(value, str) and len(value) > MAX_SHOWN:
+        value = f"{value[:MAX_SHOWN]}..."
+    return json.dumps(value)
 
 
 def _known(kind: type[BaseModel], where: Sequence[str | int]) -> list[str]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cluster.engine.rank import Rank
     from cluster.engine.tensor_parallel import Recruiter
 
-__all__ = ["Ask", "Drafter", "TargetFacts", "create"]
+__all__ = ["Ask", "Drafter", "TargetFacts", "create", "reads_target"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,18 @@ def create(
     if factory is None:
         raise ConfigError(f"drafter {stage.drafter!r} is not one of {', '.join(_FACTORIES)}")
     return factory(stage, _Site(target, rank, slot_of, recruiter))
+
+
+def reads_target(stage: StageConfig) -> bool:
+    """Whether the drafter, in a process of its own, takes weights from the target, which may be large. All take its
+    configuration and tokenizer."""
+    if stage.drafter == "sssd":
+        return False
+    if stage.drafter == "staged":
+        return any(map(reads_target, _parts(stage, parse_config(StagedOptions, stage.options))))
+    from drafters.distilled import is_draft
+
+    return stage.model is None or is_draft(stage.model.source)
 
 
 def _sssd(stage: StageConfig, site: _Site) -> Drafter:
@@ -153,12 +165,17 @@ def _staged(stage: StageConfig, site: _Site) -> Drafter:
     from drafters.staged import StagedDrafter
 
     options = parse_config(StagedOptions, stage.options)
-    parts = []
-    for name, part in (("small", options.small), ("medium", options.medium)):
-        defaults = {"name": name, "max_sessions": stage.max_sessions}
-        config = parse_config(StageConfig, {**defaults, **part})
-        parts.append(create(config, target=site.target, rank=site.rank, slot_of=site.slot_of))
-    return StagedDrafter(*parts, small_nodes=options.small_nodes)
+    small, medium = (
+        create(part, target=site.target, rank=site.rank, slot_of=site.slot_of) for part in _parts(stage, options)
+    )
+    return StagedDrafter(small, medium, small_nodes=options.small_nodes)
+
+
+def _parts(stage: StageConfig, options: StagedOptions) -> list[StageConfig]:
+    return [
+        parse_config(StageConfig, {"name": name, "max_sessions": stage.max_sessions, **part})
+        for name, part in (("small", options.small), ("medium", options.medium))
+    ]
 
 
 _FACTORIES: dict[str, Callable[[StageConfig, _Site], Drafter]] = {

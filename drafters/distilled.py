@@ -69,14 +69,20 @@ def save_draft(
     (folder / HEADER).write_text(json.dumps(asdict(header), indent=1) + "\n")
 
 
+def is_draft(source: str) -> bool:
+    """Whether ``source`` names a distilled model, which is nothing without its target."""
+    return source == DEFAULT or (Path(source).expanduser() / HEADER).is_file()
+
+
 def find_draft(source: str, target: Path) -> Path | None:
     """The folder of the distilled model that ``source`` names; None where it names a model of another kind.
 
     ``default`` is the one shipped for the tokenizer of the target in ``target``. Raises ``ConfigError`` where none is.
     """
+    if not is_draft(source):
+        return None
     if source != DEFAULT:
-        folder = Path(source).expanduser()
-        return folder if (folder / HEADER).is_file() else None
+        return Path(source).expanduser()
     for folder in sorted(path.parent for path in ARTIFACTS.glob(f"*/draft/{HEADER}")):
         if DraftHeader.read(folder).tokenizer_hash == tokenizer_of(target):
             return folder

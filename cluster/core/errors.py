@@ -30,7 +30,14 @@ class TooLarge(PacelineError):
 
 
 class NotFound(PacelineError):
-    """The named model or request does not exist. HTTP 404, gRPC NOT_FOUND."""
+    """The named model or request does not exist. HTTP 404, gRPC NOT_FOUND. ``field``: where it was named, if in one."""
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+    def __reduce__(self) -> tuple[type[NotFound], tuple[str, str | None]]:
+        return (NotFound, (str(self), self.field))
 
 
 class AlreadyExists(PacelineError):

@@ -27,6 +27,7 @@ INSTEAD = "allowed: the model as safetensors"
 CONVERSION = 2  # which rules a kept conversion of a GGUF file was made by
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 HUB_WEIGHTS = ["*.safetensors"]
+HUB_OTHER_WEIGHTS = ["consolidated*", "original/*"]  # the same once more, in a form that nothing here reads
 
 
 def _silent(message: str) -> None:
@@ -74,11 +75,11 @@ def _from_hub(repository: str, report: Report, weights: bool) -> Path:
     report(f"fetching {repository} from the hub")
     patterns = [*HUB_FILES, *HUB_WEIGHTS] if weights else HUB_FILES
     try:
-        return Path(snapshot_download(repository, allow_patterns=patterns))
+        return Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=HUB_OTHER_WEIGHTS))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.source: {repository!r} is neither a local folder nor in the hub's cache, and the hub did not give "
-            f"it ({type(error).__name__}); allowed: {FORMS}"
+            f"it ({type(error).__name__}; what is gated there needs HF_TOKEN in Ray's environment); allowed: {FORMS}"
         ) from error
 
 

@@ -10,7 +10,10 @@ import grpc
 import pytest
 from doors.conftest import MAX_MODEL_LEN, Doors
 from doors.fake_engine import VOCAB_SIZE
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import completion_create_params as chat_params
 
+from deployments.openai_api import IGNORED, UNSERVED, ChatBody, CompletionBody, GenerationBody
 from protos import generation_pb2 as pb
 
 pytestmark = pytest.mark.cluster
@@ -63,8 +66,8 @@ BOTH = [
     Bad("cache_salt", "x" * 513),
 ]
 HTTP_ONLY = [
-    Bad("temperature", "hot"),
-    Bad("max_tokens", 1.5),
+    Bad("temperature", "hot", says=', got "hot"'),
+    Bad("max_tokens", 1.5, says=", got 1.5"),
     Bad("max_tokens", "5"),
     Bad("seed", -(2**63) - 1),
     Bad("seed", 2**64),
@@ -73,6 +76,7 @@ HTTP_ONLY = [
     Bad("logit_bias", {"x": 1.0}),
     Bad("prompt", [1, "a"]),
     Bad("prompt", 7),
+    Bad("model", 7, says=", got 7"),
     Bad("prompt", ["one", "two"], says="2 prompts"),
     Bad("prompt", [-1], param="prompt.0"),
     Bad("prompt", [VOCAB_SIZE], param="prompt.0"),
@@ -81,7 +85,8 @@ HTTP_ONLY = [
     Bad("stream_options", {"include_usage": True}, says="stream=true"),
     Bad("speculation", {"max_node": 3}, param="speculation.max_node"),
     Bad("resume_token_ids", "abc"),
-    Bad("n", 2, says="allowed here: null or 1"),
+    Bad("n", 2, says="2 is not served; allowed here: null or 1"),
+    Bad("suffix", "x" * 10**6, says=f'"{"x" * 80}..." is not served'),
     Bad("best_of", 3),
     Bad("echo", True),
     Bad("logprobs", 1),
@@ -99,12 +104,25 @@ CHAT_ONLY = [
     Bad("messages", [{"role": "user", "content": "x", "name": "bob"}], param="messages.0.name"),
     Bad("messages", [USER[0], {"role": "system", "content": "x"}], says="chat template"),
     Bad("max_completion_tokens", 0),
-    Bad("tools", [{"type": "function"}]),
+    Bad("tools", [{"type": "function"}], says="a list of 1 is not served"),
     Bad("response_format", {"type": "json_object"}, says='{"type": "text"}'),
     Bad("top_logprobs", 5),
     Bad("audio", {}),
     Bad("prompt", "x", says="known:"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("params", "body"),
+    [
+        (chat_params.CompletionCreateParamsBase, ChatBody),
+        (completion_params.CompletionCreateParamsBase, CompletionBody),
+    ],
+)
+def test_every_field_of_openais_client_is_served_or_ignored_or_refused_as_not_served(
+    params: type, body: type[GenerationBody]
+) -> None:
+    assert not params.__annotations__.keys() - body.model_fields.keys() - IGNORED - UNSERVED.keys()
 
 
 def check_http(doors: Doors, path: str, body: dict[str, Any], bad: Bad) -> None:
@@ -164,6 +182,7 @@ def test_another_models_name_is_not_found(doors: Doors) -> None:
     response = doors.http.post("/v1/completions", json={"prompt": "hi", "model": "gpt-5"})
     assert response.status_code == 404
     assert "gpt-5" in response.json()["error"]["message"]
+    assert response.json()["error"]["param"] == "model"
     with pytest.raises(grpc.RpcError) as caught:
         doors.stub.Generate(pb.GenerateRequest(prompt="hi", model="gpt-5"))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND

@@ -202,6 +202,7 @@ def test_health_answers_and_unknown_paths_have_openais_error_shape(doors: Doors)
     missing, wrong_method = doors.http.get("/v1/nothing"), doors.http.get("/v1/completions")
     assert (missing.status_code, wrong_method.status_code) == (404, 405)
     assert set(missing.json()["error"]) == {"message", "type", "param", "code"}
+    assert "/v1/nothing: Not Found; served: /v1/completions, /v1/chat/completions" in missing.json()["error"]["message"]
 
 
 def test_a_full_queue_is_429_with_retry_after(doors: Doors) -> None:

@@ -16,7 +16,8 @@ from cluster.core.config import ModelConfig, StageConfig
 from cluster.core.errors import ConfigError
 from cluster.core.types import Origin
 from cluster.engine.tensor_parallel import Recruiter
-from drafters import Ask, TargetFacts, create
+from drafters import Ask, TargetFacts, create, reads_target
+from drafters.distilled import HEADER
 from drafters.draft_model import ModelDrafter
 from drafters.shipped import tokenizer_of
 from drafters.sssd import SssdDrafter
@@ -53,6 +54,22 @@ def facts(tmp_path: Path) -> TargetFacts:
 
 def stage(drafter: str, name: str = "medium", **fields: Any) -> StageConfig:
     return StageConfig.model_validate({"name": name, "drafter": drafter, "max_sessions": 2, **fields})
+
+
+def test_who_has_a_model_of_its_own_does_not_read_the_targets_weights(tmp_path: Path) -> None:
+    own, distilled = {"source": "owner/small"}, tmp_path / "distilled"
+    distilled.mkdir()
+    (distilled / HEADER).write_text("{}")
+    assert not reads_target(stage("sssd"))
+    assert not reads_target(stage("draft_model", model=own))
+    small = {"drafter": "sssd"}
+    assert not reads_target(
+        stage("staged", options={"small": small, "medium": {"drafter": "draft_model", "model": own}})
+    )
+    assert reads_target(stage("draft_model"))
+    assert reads_target(stage("draft_model", model={"source": str(distilled)}))
+    assert reads_target(stage("draft_model", model={"source": "default"}))
+    assert reads_target(stage("staged", options={"small": small, "medium": {"drafter": "swift"}}))
 
 
 def test_sssd_is_made_in_the_stages_colour(facts: TargetFacts) -> None:

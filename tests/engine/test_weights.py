@@ -135,9 +135,12 @@ def test_a_hub_id_that_cannot_be_fetched_says_so(monkeypatch):
 @pytest.mark.parametrize("weights", [True, False])
 def test_weights_are_fetched_from_a_hub_only_where_they_are_wanted(monkeypatch, tmp_path, weights):
     patterns = []
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda _, allow_patterns: patterns.extend(allow_patterns) or str(tmp_path)
-    )
+
+    def snapshot_download(repository, allow_patterns, ignore_patterns):
+        patterns.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert resolve_model("owner/name", weights=weights) == tmp_path
     assert ("*.safetensors" in patterns) == weights
     assert "*.json" in patterns
