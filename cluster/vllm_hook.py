@@ -31,7 +31,7 @@ import numpy.typing as npt
 from cluster.core.errors import ConfigError
 from cluster.core.stats import EngineStats
 from cluster.rounds.buckets import Buckets
-from cluster.rounds.chain_drafter import ChainDrafter, Remote
+from cluster.rounds.chain_drafter import ChainDrafter
 from cluster.rounds.local_drafter import LocalDrafter
 from cluster.rounds.meter import BETWEEN_TOKENS_S, FIRST_TOKEN_S, REQUEST_S
 from cluster.rounds.pipeline import Pipeline
@@ -61,7 +61,7 @@ class Model:
     max_model_len: int
 
 
-Found = TypeVar("Found", LocalDrafter, Remote)
+Found = TypeVar("Found", LocalDrafter, Pipeline)
 Connect = Callable[[Model], Found]
 """Raises where there is nothing to connect to yet."""
 
@@ -126,7 +126,7 @@ class PacelineProposer:
         return [min(self._max_drafts, int(args.get(EXTRA_ARG, self._max_drafts))) for args in extra]
 
     def _connect(
-        self, local: Connect[LocalDrafter] | None, remote: Connect[Remote] | None, model: Model, always: bool
+        self, local: Connect[LocalDrafter] | None, remote: Connect[Pipeline] | None, model: Model, always: bool
     ) -> None:
         """In the background: vLLM never waits for drafters."""
         drafter = ChainDrafter(None if local is None else _connected(local, model), always)
@@ -187,11 +187,11 @@ def _is_output_rank(vllm_config: Any) -> bool:
     return bool(get_tensor_model_parallel_rank() == 0)
 
 
-def places(where: str, max_drafts: int) -> tuple[Connect[LocalDrafter] | None, Connect[Remote] | None]:
+def places(where: str, max_drafts: int) -> tuple[Connect[LocalDrafter] | None, Connect[Pipeline] | None]:
     """How to get at a local drafter and at remote stages. ``where``: as in ``PACELINE_DRAFTERS``; ``max_drafts``: of a
     chain. Raises ``ConfigError`` for anything else."""
     local: Connect[LocalDrafter] | None = None
-    remote: Connect[Remote] | None = None
+    remote: Connect[Pipeline] | None = None
     for place in where.split(","):
         address, slash, app = place.strip().rpartition("/")
         if place.strip() == LOCAL and local is None:
@@ -237,8 +237,8 @@ def _local(max_drafts: int) -> Connect[LocalDrafter]:
     return connect
 
 
-def _remote(address: str, app: str) -> Connect[Remote]:
-    def connect(model: Model) -> Remote:
+def _remote(address: str, app: str) -> Connect[Pipeline]:
+    def connect(model: Model) -> Pipeline:
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", GCS_PATIENCE_S)
         import ray
 
@@ -253,7 +253,7 @@ def _remote(address: str, app: str) -> Connect[Remote]:
         vocab = load_tokenizer(resolve_model(model.tokenizer, weights=False)).get_vocab()
         name = f"vllm-{uuid.uuid4().hex[:12]}"
         transport = RayDraftTransport(name, app, stages, tokenizer_hash(vocab), in_background=True)
-        return Remote(Pipeline(transport, stages, model.vocab_size, TREE_NODES, outcomes=True), TREE_NODES)
+        return Pipeline(transport, stages, model.vocab_size, TREE_NODES, outcomes=True)
 
     return connect
 

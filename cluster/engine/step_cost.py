@@ -66,10 +66,11 @@ def measure_steps(rank: Rank, max_rows: int) -> CostCurve:
     """
     widths = (*(width for width in WIDTHS if width < max_rows), max_rows)
     near, far = contexts(rank.kv.capacity)
-    seconds = _least_seconds(rank, widths, near)
+    seconds = tuple(accumulate(_least_seconds(rank, widths, near), max))
     further = _least_seconds(rank, widths, far)
-    slopes = accumulate((max(0.0, b - a) / (far - near) for a, b in zip(seconds, further)), max)
-    return CostCurve(widths, tuple(accumulate(seconds, max)), tuple(slopes), near)
+    # Where the machine was busier meanwhile a slope comes out too steep: without context a step still costs something.
+    slopes = (min(max(0.0, b - a) / (far - near), a / (2 * near)) for a, b in zip(seconds, further))
+    return CostCurve(widths, seconds, tuple(accumulate(slopes, max)), near)
 
 
 def contexts(capacity: int) -> tuple[int, int]:

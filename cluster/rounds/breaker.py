@@ -33,7 +33,7 @@ class Breakers:
     def num_open(self) -> int:
         return sum(trouble.misses >= MISSES_TO_OPEN for trouble in self._troubled.values())
 
-    def open(self, worker: Hashable) -> bool:
+    def is_open(self, worker: Hashable) -> bool:
         trouble = self._troubled.get(worker)
         return trouble is not None and trouble.misses >= MISSES_TO_OPEN
 
@@ -48,7 +48,7 @@ class Breakers:
 
     def in_time(self, worker: Hashable) -> None:
         """An answer came in time. Only a probe closes an open breaker."""
-        if not self.open(worker):
+        if not self.is_open(worker):
             self._troubled.pop(worker, None)
 
     def due_s(self, worker: Hashable) -> float:

@@ -9,6 +9,7 @@ stages, the local drafter fills in for missing trees.
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import threading
@@ -28,6 +29,8 @@ from cluster.rounds.remote_use import RemoteUse
 from cluster.rounds.rows import FORGET_AFTER_S, Row, RowText, RowTexts
 from cluster.rounds.step_times import ChainLengths, StepTimes
 
+log = logging.getLogger(__name__)
+
 WAIT_SHARE = 0.15  # of a step may be waited where no row has guesses in store ...
 WAIT_PER_TOKEN = 0.3  # ... if guesses save steps: a row's of late, by the step
 GAIN_MEMORY = 0.95
@@ -37,18 +40,6 @@ REMEMBERED_CALLS = 1024
 STEP_NODES = 4096  # asked of remote stages for all rows: many rows have smaller trees, that these come in time
 LEARN_EVERY_S = 0.1  # not after each step: a call that wakes a thread may lose its core to it
 MAX_LESSONS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Remote:
-    """Stages in other processes, and how many nodes they are asked for by row, at most."""
-
-    pipeline: Pipeline
-    tree_nodes: int
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        return self.pipeline.stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +97,7 @@ class ChainDrafter:
         False leaves its work to calls of ``learn`` and ``reap``."""
         self._local = local
         self._always = always
-        self._remote: Remote | None = None
+        self._remote: Pipeline | None = None
         self._clock = clock
         self._ways: dict[int, RemoteUse] = {}  # by load
         self._mode = PLAIN  # of the last step's guesses
@@ -129,13 +120,13 @@ class ChainDrafter:
         if thread:
             threading.Thread(target=self._work, name="chain-drafter", daemon=True).start()
 
-    def join(self, remote: Remote) -> None:
-        """From now on remote stages may guess, too. From any thread."""
+    def join(self, remote: Pipeline) -> None:
+        """From now on these stages in other processes may guess, too. From any thread."""
         with self._lock:
             self._remote = remote
             self._ways.clear()
             for text in self._texts:
-                remote.pipeline.open(text, ())
+                remote.open(text, ())
 
     def propose(self, rows: Sequence[Row]) -> list[list[int]]:
         """Guesses for each row; none for most of them where that is faster."""
@@ -143,10 +134,10 @@ class ChainDrafter:
         with self._lock:
             followed = self._texts.follow(rows, start)
             texts = [text for text, _ in followed if text is not None]
-            self._look_back(rows, texts, any(new for _, new in followed), start)
             for text, new in followed:
                 if new and text is not None:
                     self._open(text)
+            self._look_back(rows, texts, any(new for _, new in followed), start)
             chains = self._chains(texts, len(rows))
             by_text = dict(zip((text.id for text in texts), chains))
             self._drafts = sum(map(len, chains))
@@ -162,7 +153,7 @@ class ChainDrafter:
     def report(self) -> ChainReport:
         with self._lock:
             sources = {LOCAL: self._local, REMOTE: self._remote}
-            remote = self._remote.pipeline if self._remote is not None else None
+            remote = self._remote
             asked = remote or self._local
             return ChainReport(
                 stages={where: source.stages for where, source in sources.items() if source is not None},
@@ -187,7 +178,7 @@ class ChainDrafter:
                 if self._local is not None:
                     self._local.close(text.id)
                 if self._remote is not None:
-                    self._remote.pipeline.close(text.id)
+                    self._remote.close(text.id)
                 self._calibration.forget(text.id)
 
     def learn(self) -> None:
@@ -203,15 +194,14 @@ class ChainDrafter:
         if load not in self._ways:
             usual = [PLAIN] if self._local is None else [LOCAL, PLAIN]
             modes = ModeChooser(max(MIN_ROUNDS, LEARNING_ROUNDS // max(1, rows)))
-            pipeline = self._remote.pipeline if self._remote is not None else None
-            self._ways[load] = RemoteUse(modes, usual, pipeline, self._clock, always=self._always)
+            self._ways[load] = RemoteUse(modes, usual, self._remote, self._clock, always=self._always)
         return self._ways[load]
 
     def _open(self, text: RowText) -> None:
         if self._local is not None:
             self._local.open(text)
         if self._remote is not None:
-            self._remote.pipeline.open(text, ())  # workers are leased when they are worth it
+            self._remote.open(text, ())  # workers are leased when they are worth it
 
     def _learn(self, lesson: _Lesson) -> None:
         if lesson.seconds is not None and lesson.total_s is not None:
@@ -251,8 +241,7 @@ class ChainDrafter:
 
     def _chains(self, texts: Sequence[RowText], rows: int) -> list[list[int]]:
         """``rows``: of the step, also those that want no guesses."""
-        most = self._remote.tree_nodes if self._remote is not None else 0
-        nodes = min(most, max(1, STEP_NODES // max(1, len(texts))))
+        nodes = max(1, STEP_NODES // max(1, len(texts)))
         way = self._way(rows)
         way.ask([(text, nodes) for text in texts])
         self._mode = way.mode
@@ -269,14 +258,14 @@ class ChainDrafter:
         lengths = dict(zip(offered, self._lengths.choose(rows, scores)))
         for row_id, length in lengths.items():
             if self._remote is not None and row_id in remote:
-                self._remote.pipeline.verified(row_id, offered[row_id].take(np.arange(length)))
+                self._remote.verified(row_id, offered[row_id].take(np.arange(length)))
         return [offered[t.id].tokens[: lengths[t.id]].tolist() if t.id in offered else [] for t in texts]
 
     def _remote_trees(self, texts: Sequence[RowText], rows: int) -> dict[str, TokenTree]:
         """Of rows that have any in time: what was found below the tokens that came, or came while the step waited."""
         if self._remote is None or not texts:
             return {}
-        pipeline, step_s = self._remote.pipeline, self._times.seconds(rows, 0)
+        pipeline, step_s = self._remote, self._times.seconds(rows, 0)
         waiting = sum(pipeline.awaits(text.id, math.inf) for text in texts)
         start = self._clock()
         patience = min(WAIT_SHARE, WAIT_PER_TOKEN * self._gain) * step_s * waiting / len(texts)
@@ -288,12 +277,16 @@ class ChainDrafter:
 
     def _work(self) -> None:
         while True:  # vLLM tells nobody that it ends
-            if self._wake.wait(FORGET_AFTER_S / 2):
-                self._wake.clear()
+            woken = self._wake.wait(FORGET_AFTER_S / 2)
+            self._wake.clear()
+            try:
                 self.learn()
+                if self._clock() - self._reaped_s > FORGET_AFTER_S / 2:
+                    self.reap()
+            except Exception:  # one bad lesson must not leave ended rows with their workers for ever
+                log.exception("looking after rows failed")
+            if woken:
                 time.sleep(LEARN_EVERY_S)
-            if self._clock() - self._reaped_s > FORGET_AFTER_S / 2:
-                self.reap()
 
 
 def best_chain(tree: TokenTree, max_depth: int) -> TokenTree:

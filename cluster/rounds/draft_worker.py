@@ -116,7 +116,7 @@ class DraftWorker:
     def _follow(self, name: str, ask: DraftAsk) -> bool:
         """Bring the session to ``ask.commit``'s state. False where that takes a resync."""
         target, held = ask.commit.key, self._held.get(name)
-        if ask.start is not None and self._overtaken(name, target):
+        if ask.start is not None and self._from_before_its_end(name, target):
             return False
         if ask.start is not None and (held is None or _newer(target, held.key)):
             start = ask.start
@@ -140,10 +140,10 @@ class DraftWorker:
         held.key = target
         return True
 
-    def _overtaken(self, name: str, start: TreeKey) -> bool:
-        """Whether it is from before the session's end. One that was set aside begins again with more text."""
+    def _from_before_its_end(self, name: str, key: TreeKey) -> bool:
+        """Whether a start is older than the session's end. One that was set aside begins again with more text."""
         ended = self._ended.get(name)
-        return ended is not None and self._clock() - ended.at < END_MEMORY_S and start.base <= ended.base
+        return ended is not None and self._clock() - ended.at < END_MEMORY_S and key.base <= ended.base
 
     def _hints(self, verifier: str, upstream: DraftReply | None, keys: dict[str, TreeKey]) -> dict[str, TokenTree]:
         """The upstream stage's trees that hang on exactly the state asked about; rubbish is left out."""

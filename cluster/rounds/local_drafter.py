@@ -18,7 +18,7 @@ class LocalDrafter:
 
     def __init__(self, stage: str, drafter: Drafter, vocab_size: int, tree_nodes: int) -> None:
         self.stages = (stage,)
-        self.tree_nodes = tree_nodes
+        self._tree_nodes = tree_nodes
         self.wanted = self.missing = 0
         self._drafter = GuardedDrafter(drafter, vocab_size)
         self._lengths: dict[str, int] = {}  # of each row's text, as far as the drafter has it
@@ -33,11 +33,11 @@ class LocalDrafter:
             if text.base > self._lengths[text.id]:
                 self._drafter.commit(text.id, text.tokens[self._lengths[text.id] :])
                 self._lengths[text.id] = text.base
-        trees = self._drafter.propose([Ask(text.id, self.tree_nodes, text.max_depth) for text in texts], {})
+        trees = self._drafter.propose([Ask(text.id, self._tree_nodes, text.max_depth) for text in texts], {})
         self.wanted += len(texts)
         self.missing += len(texts) - len(trees)
         return trees
 
     def close(self, text_id: str) -> None:
-        del self._lengths[text_id]
+        self._lengths.pop(text_id, None)  # it may have ended before it was begun
         self._drafter.end(text_id)

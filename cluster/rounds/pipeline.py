@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Protocol
 
 from cluster.core.errors import InvalidTree
@@ -181,8 +182,7 @@ class Pipeline:
             return any(self._in_use(session_id, stage) for session_id in session_ids for stage in self.stages)
 
     def follows(self, session_ids: Iterable[str]) -> bool:
-        """Whether each of these sessions is held by a worker that is in use, or need not be waited for: it has none but
-        broken ones, or none at all for long."""
+        """Whether each of these sessions is held by a worker that is in use, or stranded: nobody need wait for it."""
         with self._arrived:
             return all(
                 (known := self._sessions.get(session_id)) is not None
@@ -191,13 +191,16 @@ class Pipeline:
             )
 
     def stranded(self, session_id: str) -> bool:
-        """Whether the session has workers, all of them left out or refusing it, or has waited for one for long."""
+        """Whether the session has workers, all of them left out or refusing it, or none has confirmed it for long."""
         with self._arrived:
             workers = [(s, w) for s in self.stages if (w := self._transport.worker(session_id, s)) is not None]
             known = self._sessions.get(session_id)
-            if known is None or not workers:
-                return known is not None and self._clock() - known.leasing_s > LEASE_PATIENCE_S
-            return all(known.refusals[s] >= MAX_REFUSALS or not self._usable(s, w) for s, w in workers)
+            if known is None:
+                return False
+            if not known.held and self._clock() - known.leasing_s > LEASE_PATIENCE_S:
+                return True
+            useless = (known.refusals[s] >= MAX_REFUSALS or not self._usable(s, w) for s, w in workers)
+            return bool(workers) and all(useless)
 
     @property
     def broken(self) -> bool:
@@ -206,13 +209,13 @@ class Pipeline:
             return any(record.breakers.num_open for record in self._records.values())
 
     def ask(self, wishes: Sequence[tuple[Drafted, Sequence[str], int]]) -> set[str]:
-        """Ask for trees on the sessions' present state: (session, stages, max nodes). Returns at once.
+        """Ask for trees on the sessions' present state: (session, stages, max nodes). Returns at once, with the ids of
+        sessions for which a tree is now under way.
 
-        Returns the ids of sessions for which a tree is now under way. A stage that does not hold a session yet is sent
-        its start, and joins the chain once it has confirmed it: no round waits for a drafter's prefill.
+        A stage that does not hold a session yet is sent its start, and joins the chain once it has confirmed it: no
+        round waits for a drafter's prefill, nor for a probe of a worker that is left out, or what comes behind it.
         """
-        chains: list[ChainAsk] = []
-        under_way: set[str] = set()
+        chains, under_way = list[ChainAsk](), set[str]()
         with self._arrived:
             probe = self._due_probe([(session.id, stage) for session, stages, _ in wishes for stage in stages])
             sent: set[tuple[str, Hashable]] = set()
@@ -233,13 +236,11 @@ class Pipeline:
                     asks = {stage: known.ask(stage, nodes, self._outcomes) for stage in chain}
                     chains.append(ChainAsk(session.id, asks))
                     sent.update(chain.items())
-                    known.asked_s = self._clock()
-                    if probe is None or probe not in chain.items():
+                    known.asked_s, known.last_stage = self._clock(), next(reversed(chain))
+                    if awaited := dict(takewhile(lambda place: place != probe, chain.items())):
+                        known.wait_for(awaited)
                         if self._run_ahead or self._outcomes:
                             known.look_up()
-                        known.chain, known.waiting_for = chain, session.key
-                        for stage in chain:
-                            known.silent_since.setdefault(stage, known.asked_s)
                         under_way.add(session.id)
             if probe is not None and probe in sent:
                 self._records[probe[0]].breakers.probed(probe[1], self._clock())
@@ -300,7 +301,7 @@ class Pipeline:
     # --- what to send
 
     def _usable(self, stage: str, worker: Hashable) -> bool:
-        return worker is not None and not self._records[stage].breakers.open(worker)
+        return worker is not None and not self._records[stage].breakers.is_open(worker)
 
     def _in_use(self, session_id: str, stage: str) -> bool:
         """Whether the session has a worker of the stage, and one that is not left out."""
@@ -318,7 +319,7 @@ class Pipeline:
             breakers = self._records[stage].breakers if stage in self._records else None
             if breakers is not None and breakers.num_open:
                 worker = self._transport.worker(session_id, stage)
-                if breakers.open(worker):
+                if breakers.is_open(worker):
                     broken.append((breakers.due_s(worker), stage, worker))
         due_s, stage, worker = min(broken, key=lambda each: each[0], default=(math.inf, "", None))
         return (stage, worker) if due_s <= now else None
@@ -334,8 +335,7 @@ class Pipeline:
             self._records[stage].missed(worker, self._clock())
             for session_id in session_ids:
                 if known := self._sessions.get(session_id):
-                    known.failed |= stage in known.chain
-                    known.silent_since.pop(stage, None)
+                    known.broken_off(stage, worker)
             self._arrived.notify_all()
 
     def _deliver(self, worker: Hashable, reply: DraftReply) -> None:
@@ -351,7 +351,7 @@ class Pipeline:
             for session_id, length in report.held.items():
                 known = self._sessions.get(session_id)
                 if known and type(length) is int and 0 <= length <= known.session.base:  # anything else is rubbish
-                    known.silent_since.pop(report.stage, None)
+                    known.silent_since.pop((report.stage, worker), None)
                     known.held[report.stage] = max(length, known.held.get(report.stage, 0))
                     if known.waiting_for and known.waiting_for.base == length:  # it took more than the start
                         known.refusals.pop(report.stage, None)
@@ -361,7 +361,7 @@ class Pipeline:
                 if known := self._sessions.get(session_id):
                     known.held.pop(report.stage, None)
                     known.refusals[report.stage] += 1
-                    known.silent_since.pop(report.stage, None)
+                    known.silent_since.pop((report.stage, worker), None)
                     known.heard.add(report.stage)
             for session_id, tree in reply.trees.items():
                 self._receive(session_id, report.stage, worker, tree)
@@ -384,7 +384,7 @@ class Pipeline:
             record.late += 1
             self._waste(count_nodes(tree))
             return
-        if tree.key == known.present and stage == self.stages[-1]:
+        if tree.key == known.present and stage == known.last_stage:
             self.reply_s += REPLY_WEIGHT * (now - known.asked_s - self.reply_s)
         draft = ArrivedTree(tree, stage, now)
         self._waste(known.keep(draft))

@@ -83,8 +83,8 @@ class RemoteUse:
         # Where every worker is left out, asking is for the probe, which alone gets through.
         probing = not reachable and pipeline.broken
         stages = pipeline.stages if self.mode in FROM_STAGES or probing else ()
-        # Until the stages follow every session, they only catch up: a round that waits for some sessions' trees and not
-        # for others' would cost time and tell nothing.
+        # Until the stages follow every session, they are sent starts and asked for nothing: a round that waits for some
+        # sessions' trees and not for others' would cost time and tell nothing.
         together = self._always or probing or pipeline.follows(session_ids)
         return pipeline.ask([*((session, stages, nodes if together else 0) for session, nodes in free), *named])
 

@@ -174,8 +174,8 @@ class Scheduler:
         mode = self._drafting.round_mode
         context = _mean([session.base for session in decoding or self._running])
         guesses = self._drafting.guess(decoding, context)
-        reserved = min(self.unread, self._config.max_rows // 2)  # rows for prompts, which trees may not take
-        reserved = self.governor.prompt_rows(len(decoding), reserved, context)
+        unread = min(self.unread, self._config.max_rows // 2)
+        reserved = self.governor.prompt_rows(len(decoding), unread, context)  # rows that trees may not take
         trees = self.governor.budget([session.id for session in decoding], guesses, reserved, context)
         drafted = time.perf_counter()
         tree_rows = sum(len(tree) + 1 for tree in trees)
@@ -186,19 +186,18 @@ class Scheduler:
         nodes = tree_rows - len(decoding)
         shape = Shape(len(decoding), nodes, prompt_rows, context, self._drafting.sitting_out)
         prefills, firsts = self._read(chunks)
-        decoding += [session for session, _ in firsts]  # their rows are the prompts', and counted as such
+        emitting = decoding + [session for session, _ in firsts]  # their rows are the prompts', and counted as such
         trees += [TokenTree.empty() for _ in firsts]
         verifies += [work for _, work in firsts]
         blocks, spent = self._verifier.step(prefills, verifies)
-        price = self.governor.price_of_nodes(shape)
         self.governor.learn([block.tokens if isinstance(block, Accepted) else None for block in blocks])
-        outcomes, commits = self._commit(decoding, trees, blocks, price)
+        outcomes, commits = self._commit(emitting, trees, blocks, self.governor.price_of_nodes(shape))
         self._drafting.ask(commits)
         total = time.perf_counter() - start
         parts = RoundSpent(drafted - start, spent.forward, spent.accept, total)
         self._account(mode, shape, parts, outcomes)
         if self._tracer is not None:
-            self._tracer.round(mode, parts, zip(decoding, trees, blocks))
+            self._tracer.round(mode, parts, zip(trees, outcomes))
         return outcomes
 
     def _admit(self) -> None:
@@ -269,16 +268,16 @@ class Scheduler:
 
     def _commit(
         self,
-        decoding: Sequence[Session],
+        emitting: Sequence[Session],
         trees: Sequence[TokenTree],
         blocks: Sequence[Accepted | EngineFailed],
-        price: float,
+        node_price: float,
     ) -> tuple[list[Outcome], list[tuple[Session, Commit]]]:
-        """Stop rules, statistics and release of what ended; the commits of the sessions that go on. ``price``: tokens
-        that verifying a node cost."""
+        """Stop rules, statistics and release of what ended; the commits of the sessions that go on. ``node_price``:
+        tokens that verifying a node cost."""
         outcomes: list[Outcome] = []
         commits: list[tuple[Session, Commit]] = []
-        for session, tree, block in zip(decoding, trees, blocks):
+        for session, tree, block in zip(emitting, trees, blocks):
             if isinstance(block, EngineFailed):
                 outcomes.append(self._fail(session, block))
                 continue
@@ -291,7 +290,7 @@ class Scheduler:
                 continue
             outcomes.append(Outcome(session, item))
             accepted = block.nodes[: len(item.token_ids)]  # what lies behind a stop is dropped everywhere
-            self._drafting.verified(session, tree, len(accepted), price * len(tree))
+            self._drafting.verified(session, tree, len(accepted), node_price * len(tree))
             self.meter.verified(tree, accepted)
             now = self._clock()
             self.meter.emitted(session, item, now)

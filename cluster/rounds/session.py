@@ -115,11 +115,6 @@ class Session:
             self._rounds, self._drafted, self._accepted, (self._by_origin[Origin.TARGET], small, medium)
         )
 
-    @property
-    def computed(self) -> list[int]:
-        """The tokens whose K/V is computed while the session decodes: all but the last, the next tree's root."""
-        return self.tokens[:-1]
-
     def admit(self, slot: int, reused: int) -> None:
         """The session gets a KV slot that holds K/V of its first ``reused`` tokens."""
         if not self.num_admitted:

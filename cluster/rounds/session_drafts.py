@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -80,8 +80,8 @@ class SessionDrafts:
 
     ``present``: the state last asked about; the session itself may be moving on while a reply is looked at. ``chain``,
     ``heard``, ``trees``: stages of the ask under way and their workers, those that answered it, and with what;
-    ``asked_s``: when it was sent; ``silent_since``: by stage, the first ask since its last answer. ``leasing_s``,
-    ``leased_s``: when workers were first and last asked for.
+    ``asked_s``: when it was sent; ``last_stage``: whose tree comes last; ``silent_since``: by stage and worker, the
+    first ask since its last answer. ``leasing_s``, ``leased_s``: when workers were first and last asked for.
     ``newest``: the last draft that came, in time or not; ``verified``: how many of its nodes were; ``cached``: what the
     latest tokens have left of it.
     """
@@ -94,7 +94,8 @@ class SessionDrafts:
     leased_s: float = -math.inf
     present: TreeKey | None = None
     asked_s: float = -math.inf
-    silent_since: dict[str, float] = field(default_factory=dict)
+    last_stage: str = ""
+    silent_since: dict[tuple[str, Hashable], float] = field(default_factory=dict)
     waiting_for: TreeKey | None = None
     chain: dict[str, Hashable] = field(default_factory=dict)
     heard: set[str] = field(default_factory=set)
@@ -114,11 +115,25 @@ class SessionDrafts:
         self.waiting_for, self.chain, self.failed, self.cached = None, {}, False, None
         self.heard, self.trees = set(), {}
 
+    def wait_for(self, chain: Mapping[str, Hashable]) -> None:
+        """An ask on the present state has gone out to these stages' workers."""
+        self.chain, self.waiting_for = dict(chain), self.session.key
+        for place in chain.items():
+            self.silent_since.setdefault(place, self.asked_s)
+
+    def broken_off(self, stage: str, worker: Hashable) -> None:
+        """A call to that worker of the stage, or to whoever it was where it is None, has failed."""
+        self.failed |= stage in self.chain and worker in (None, self.chain[stage])
+        for place in [(s, w) for s, w in self.silent_since if s == stage and worker in (None, w)]:
+            del self.silent_since[place]
+
     def silent(self, now: float, late_after_s: float | None) -> str | None:
         """The first stage of the chain that has not answered; with ``late_after_s``, not for so long."""
         if late_after_s is None:
             return next((stage for stage in self.chain if stage not in self.heard), None)
-        return next((s for s in self.chain if now - self.silent_since.get(s, now) >= late_after_s), None)
+        return next(
+            (s for s, w in self.chain.items() if now - self.silent_since.get((s, w), now) >= late_after_s), None
+        )
 
     def best(self) -> ArrivedTree | None:
         """That of the last stage that sent one, or else the cached one, if it hangs on the present state."""

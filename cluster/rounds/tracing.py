@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
 
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
@@ -21,12 +22,14 @@ from opentelemetry.trace import Span, SpanKind, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
-from cluster.core.accept import Accepted
-from cluster.core.errors import ConfigError, EngineFailed
+from cluster.core.errors import ConfigError
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import Origin
 from cluster.rounds.governor import RoundSpent
 from cluster.rounds.session import Phase, Session
+
+if TYPE_CHECKING:
+    from cluster.rounds.scheduler import Outcome
 
 EXPORTERS = "opentelemetry_traces_exporter"  # the group under which exporters' packages register them
 OTLP = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
@@ -70,19 +73,19 @@ class RoundTracer:
         if session.id in self._requests:
             self._requests[session.id].add_event("preempted", {"paceline.output_tokens": session.num_output})
 
-    def round(
-        self, mode: str, spent: RoundSpent, parts: Iterable[tuple[Session, TokenTree, Accepted | EngineFailed]]
-    ) -> None:
-        """A step has just ended. ``parts``: each of its decoding sessions, what was verified and what came of it."""
+    def round(self, mode: str, spent: RoundSpent, parts: Iterable[tuple[TokenTree, Outcome]]) -> None:
+        """A step has just ended. ``parts``: what it verified for each of its decoding sessions, and what came of it."""
         end = time.time_ns()
         start = end - int(1e9 * spent.total)
         drafted = start + int(1e9 * spent.draft)
         verified = drafted + int(1e9 * spent.forward)
-        for session, tree, block in parts:
+        for tree, outcome in parts:
+            session = outcome.session
             parent = self._requests.get(session.id)
             if parent is None:
                 continue
-            accepted = len(block.nodes) if isinstance(block, Accepted) else 0
+            origins = outcome.item.origins if outcome.item is not None else ()
+            accepted = sum(origin is not Origin.TARGET for origin in origins)
             stages = tuple(Origin(stage).name.lower() for stage in sorted(set(tree.stages.tolist())))
             facts: dict[str, AttributeValue] = {
                 "paceline.nodes": len(tree),

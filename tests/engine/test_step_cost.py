@@ -29,6 +29,12 @@ def test_a_curve_covers_all_widths_never_falls_and_gives_its_slot_back(rank):
     rank.kv.check()
 
 
+def test_a_machine_that_was_busy_behind_long_contexts_does_not_make_short_ones_free(rank, monkeypatch):
+    busy = {step_cost.contexts(160)[0]: 1.0, step_cost.contexts(160)[1]: 50.0}
+    monkeypatch.setattr(step_cost, "_least_seconds", lambda rank, widths, context: [busy[context]] * len(widths))
+    assert measure_steps(rank, 32).at(1, 0.0) == pytest.approx(0.5)
+
+
 def test_context_is_paid_for_by_the_slope():
     curve = CostCurve((1, 4), (1.0, 2.0), (0.01, 0.02), context=50)
     assert curve.at(1) == curve.at(1, 50) == 1.0

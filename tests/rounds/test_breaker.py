@@ -6,7 +6,7 @@ import time
 
 import pytest
 from fakes import ScriptedDrafter
-from pipeline_rig import PATIENCE_S, VOCAB, Rig, next_token, session
+from pipeline_rig import PATIENCE_S, VOCAB, Rig, next_token, session, stages_of
 
 from cluster.rounds.breaker import FORGET_AFTER_S, MISSES_TO_OPEN, PROBE_INTERVAL_S, Breakers
 from cluster.rounds.draft_worker import DraftWorker
@@ -55,6 +55,19 @@ def test_a_worker_that_hangs_is_left_out_and_the_stages_other_workers_are_not() 
     assert rig.pipeline.stats()["small"].breakers_open == 0
 
 
+def test_who_comes_before_a_probed_worker_is_waited_for() -> None:
+    rig = Rig(("small", "medium"))
+    rig.transport.hung = {"medium"}
+    for _ in range(MISSES_TO_OPEN):
+        rig.round(timeout_s=0.1)
+    assert stages_of(rig.round()) == [1]
+    rig.now += PROBE_INTERVAL_S + 0.1
+    calls = rig.transport.calls
+    assert stages_of(rig.round()) == [1]
+    assert rig.pipeline._records["medium"].breakers.due_s(rig.transport.workers["medium"]) > rig.now  # it was probed
+    assert rig.transport.calls == calls + 1
+
+
 def test_only_sessions_that_are_asked_for_are_probed() -> None:
     rig = TwoWorkers()
     rig.transport.hung = {rig.other}
@@ -91,7 +104,7 @@ def test_workers_nobody_heard_of_for_long_are_forgotten(later_s: float) -> None:
     opened = [breakers.missed("gone", 10.0) for _ in range(MISSES_TO_OPEN)]
     assert opened == [False] * (MISSES_TO_OPEN - 1) + [True]
     breakers.missed("another", 10.0 + later_s)
-    assert breakers.open("gone") == (later_s < FORGET_AFTER_S)
+    assert breakers.is_open("gone") == (later_s < FORGET_AFTER_S)
     assert breakers.openings == 1
 
 
@@ -101,23 +114,23 @@ def test_answers_in_time_close_no_open_breaker_and_late_probes_neither() -> None
     breakers.in_time("one")
     for _ in range(MISSES_TO_OPEN - 1):
         breakers.missed("one", 0.0)
-    assert not breakers.open("one")
+    assert not breakers.is_open("one")
     breakers.missed("one", 0.0)
     breakers.in_time("one")
-    assert breakers.open("one")
+    assert breakers.is_open("one")
     assert breakers.due_s("one") == PROBE_INTERVAL_S
     breakers.probed("one", 2.0)
     assert not breakers.probe_answered("one", 3.0, patience_s=0.5)
     assert breakers.probe_answered("one", 3.0, patience_s=1.5)
-    assert not breakers.open("one")
+    assert not breakers.is_open("one")
 
 
 def test_a_late_answer_is_no_probes_answer() -> None:
     breakers = Breakers()
     for now in (0.0, 0.3):
         breakers.missed("worker", now)
-    assert breakers.open("worker")
+    assert breakers.is_open("worker")
     assert not breakers.probe_answered("worker", 0.4, PATIENCE_S)
     breakers.probed("worker", 1.4)
     assert breakers.probe_answered("worker", 1.5, PATIENCE_S)
-    assert not breakers.open("worker")
+    assert not breakers.is_open("worker")

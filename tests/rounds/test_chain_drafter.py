@@ -10,7 +10,7 @@ from fakes import InProcessTransport, ScriptedDrafter
 
 from cluster.core.token_tree import TokenTree
 from cluster.core.types import Origin
-from cluster.rounds.chain_drafter import STEP_NODES, ChainDrafter, Remote, best_chain
+from cluster.rounds.chain_drafter import STEP_NODES, ChainDrafter, best_chain
 from cluster.rounds.draft_worker import DraftWorker
 from cluster.rounds.local_drafter import LocalDrafter
 from cluster.rounds.messages import DraftReply
@@ -63,9 +63,9 @@ class InlineTransport:
         pass
 
 
-def remote_stage(drafter: ScriptedDrafter) -> Remote:
+def remote_stage(drafter: ScriptedDrafter) -> Pipeline:
     workers = {"small": DraftWorker("small", drafter)}
-    return Remote(Pipeline(InlineTransport(workers), ["small"], VOCAB, 16), 16)
+    return Pipeline(InlineTransport(workers), ["small"], VOCAB, 16)
 
 
 class Rig:
@@ -81,7 +81,7 @@ class Rig:
         self.transport = InlineTransport(workers) if inline else InProcessTransport(workers)
         self.pipeline = Pipeline(self.transport, ["small"], VOCAB, 16, clock=lambda: self.now, outcomes=outcomes)
         self.chains = ChainDrafter(local, always=not governed, clock=lambda: self.now, thread=False)
-        self.chains.join(Remote(self.pipeline, 16))
+        self.chains.join(self.pipeline)
 
     def step(self, *rows: Row) -> list[list[int]]:
         self.now += self.seconds()
@@ -165,7 +165,7 @@ def test_stages_are_asked_for_trees_of_outcomes_which_are_smaller_where_rows_are
 
     transport = InlineTransport({"small": DraftWorker("small", ScriptedDrafter(guess, vocab_size=VOCAB))})
     chains = ChainDrafter(None, always=True, thread=False)
-    chains.join(Remote(Pipeline(transport, ["small"], VOCAB, 768, outcomes=True), 768))
+    chains.join(Pipeline(transport, ["small"], VOCAB, 768, outcomes=True))
     chains.propose([row([5, 6, first], 1) for first in range(rows)])
     chains.propose([row([5, 6, first, 7], 1) for first in range(rows)])
     assert [(ask.max_nodes, ask.outcomes) for ask in asks] == [(nodes, True)] * rows
@@ -271,7 +271,7 @@ def test_remote_stages_may_join_while_rows_run() -> None:
     assert chains.propose([row([5, 6, 7], 1)]) == [[5, 5, 5, 5]]
     remote = remote_stage(ScriptedDrafter(count_on, vocab_size=VOCAB))
     chains.join(remote)
-    assert remote.pipeline.num_sessions == 1
+    assert remote.num_sessions == 1
     assert chains.propose([row([5, 6, 7, 8], 1)]) == [[5, 5, 5, 5]]
 
 

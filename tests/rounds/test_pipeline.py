@@ -122,8 +122,24 @@ def test_a_call_that_fails_after_another_does_not_have_the_round_wait_again() ->
     rig.pipeline._sessions[rig.session.id].chain.pop("medium")  # which was sent a start only
     assert rig.pipeline.awaits(rig.session.id, PATIENCE_S)
     for stage in ("small", "medium"):
-        rig.pipeline._failed(stage, WORKER, [rig.session.id])
+        rig.pipeline._failed(stage, rig.transport.workers[stage], [rig.session.id])
         assert not rig.pipeline.awaits(rig.session.id, PATIENCE_S)
+
+
+def test_the_failed_call_of_a_worker_that_the_session_has_no_more_ends_no_waiting() -> None:
+    rig = Rig(("small",))
+    rig.transport.hung = {"small"}
+    rig.ask()
+    rig.pipeline._failed("small", WORKER, [rig.session.id])
+    assert rig.pipeline.awaits(rig.session.id, PATIENCE_S)
+
+
+def test_how_long_replies_take_is_told_by_the_last_stage_that_was_asked() -> None:
+    rig = Rig()
+    rig.commit(7)
+    rig.pipeline.ask([(rig.session, ("small",), 8)])
+    assert rig.pipeline.collect([rig.session], PATIENCE_S)
+    assert rig.pipeline.reply_s > 0.0
 
 
 def test_an_answer_to_a_sessions_first_ask_being_a_probe_is_timed_like_any_other() -> None:

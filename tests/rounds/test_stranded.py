@@ -29,6 +29,24 @@ def test_sessions_all_of_whose_workers_are_left_out_hold_nobody_up() -> None:
     assert rig.pipeline.follows([rig.session.id, other.id])
 
 
+def test_a_session_whose_worker_never_confirms_its_start_holds_nobody_up_for_long() -> None:
+    rig = Rig(("small",))
+    hung = DraftWorker("small", ScriptedDrafter(next_token, vocab_size=VOCAB))
+    other = session("other")
+    rig.transport.placed[other.id, "small"] = hung
+    rig.pipeline.open(other, rig.pipeline.stages)
+    rig.transport.hung = {hung}
+    rig.pipeline.ask([(other, ("small",), 8)])
+    assert not rig.pipeline.follows([rig.session.id, other.id])
+    rig.now += LEASE_PATIENCE_S
+    assert rig.pipeline.follows([rig.session.id, other.id])
+    rig.transport.hung = set()
+    for _ in range(2):  # its start, and what it is asked then
+        rig.pipeline.ask([(other, ("small",), 8)])
+        rig.transport.join()
+    assert not rig.pipeline.stranded(other.id)
+
+
 def test_a_session_that_gets_no_worker_holds_nobody_up_for_long() -> None:
     rig = Rig(("small",))
     other = session("other")

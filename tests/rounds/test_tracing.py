@@ -51,9 +51,14 @@ class Traced:
         self.scheduler = Scheduler(config, Verifier(rank), curve, local, tracer=RoundTracer(provider))
 
     def submit(
-        self, name: str, prompt: Sequence[int] = (5, 6), tokens: int = TOKENS, trace_parent: str = ""
+        self,
+        name: str,
+        prompt: Sequence[int] = (5, 6),
+        tokens: int = TOKENS,
+        trace_parent: str = "",
+        stop_token_ids: tuple[int, ...] = (),
     ) -> Session:
-        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, stop_token_ids=stop_token_ids)
         request = GenerateRequest(name, tuple(prompt), params, trace_parent=trace_parent)
         session = Session(request, Limits(LENGTH, frozenset()), TextStream(Letters(False)))
         self.scheduler.submit(session)
@@ -110,6 +115,16 @@ def test_rounds_say_what_was_verified_what_was_accepted_and_who_guessed_it(rank:
     assert (said["gen_ai.usage.input_tokens"], said["gen_ai.usage.output_tokens"]) == (2, TOKENS)
     assert said["gen_ai.response.finish_reasons"] == ("length",)
     assert said["paceline.rounds"] == stats.rounds
+
+
+def test_guesses_behind_a_stop_count_as_accepted_nowhere(rank: Rank) -> None:
+    output = answer(rank)
+    traced = Traced(rank, ScriptedDrafter(oracle({(5, 6): output})))
+    session = traced.submit("r", stop_token_ids=(output[2],))
+    traced.run()
+    accepted = [(span.attributes or {})["paceline.accepted"] for span in traced.spans("round")]
+    assert session.num_output == 3
+    assert sum(accepted) == session.stats.accepted  # type: ignore[arg-type]
 
 
 def test_sessions_of_one_step_have_rounds_of_their_own_in_traces_of_their_own(rank: Rank) -> None:
