@@ -66,7 +66,6 @@ def target_options(config: ServiceConfig) -> dict[str, Any]:
     Admission is the engine's: it must see every request it could queue and then one to refuse, so Serve lets more
     through than the engine takes.
     """
-    threads = config.model.threads or os.cpu_count() or 1
     sessions = config.engine.kv_slots + config.engine.max_waiting
     defaults = {
         "name": "Target",
@@ -75,10 +74,16 @@ def target_options(config: ServiceConfig) -> dict[str, Any]:
         "health_check_period_s": 2.0,
         "health_check_timeout_s": 10.0,
         "graceful_shutdown_timeout_s": 10.0,
-        "ray_actor_options": {"num_cpus": 0.5, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}}},
+        "ray_actor_options": {"num_cpus": 0.5, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(_threads(config))}}},
     }
     options = merge(defaults, config.target)
     return rank_placement(options, options["ray_actor_options"], config.model.tensor_parallel_size)
+
+
+def _threads(config: ServiceConfig) -> int:
+    """Of a target's ranks: as configured, or as reserved for them, or else this machine's, which may be another."""
+    reserved = int(config.target.get("ray_actor_options", {}).get("num_cpus", 0))
+    return config.model.threads or reserved * config.model.tensor_parallel_size or os.cpu_count() or 1
 
 
 def ingress_options(config: ServiceConfig) -> dict[str, Any]:

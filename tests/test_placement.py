@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from cluster.core.config import ServiceConfig, StageConfig, parse_config
@@ -91,3 +93,12 @@ def test_a_stage_that_asks_for_no_cpus_gets_none_for_its_ranks() -> None:
     stage = {"name": "medium", "drafter": "draft_model", "model": {"tensor_parallel_size": 2}}
     bundles = draft_options(parse_config(StageConfig, stage))["placement_group_bundles"]
     assert [sum(bundle.values()) for bundle in bundles] == [LEAST_CPUS, LEAST_CPUS]
+
+
+@pytest.mark.parametrize(("threads", "reserved", "expected"), [(0, 8, "8"), (3, 8, "3"), (0, 0.5, str(os.cpu_count()))])
+def test_a_targets_step_has_the_threads_that_are_configured_or_reserved(
+    threads: int, reserved: float, expected: str
+) -> None:
+    model = {"source": "owner/name", "name": "m", "threads": threads}
+    config = parse_config(ServiceConfig, {"model": model, "target": {"ray_actor_options": {"num_cpus": reserved}}})
+    assert target_options(config)["ray_actor_options"]["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == expected

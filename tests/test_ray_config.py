@@ -121,7 +121,7 @@ def test_hosts_of_ones_own_say_what_they_are_for_in_the_words_of_the_node_types(
     roles = {role: json.loads(resources) for role, resources in re.findall(r"ROLE=(\w+) +RESOURCES='(.*)'", header)}
     types = launcher()["available_node_types"]
     assert roles == {name: node["resources"] for name, node in types.items() if name in roles}
-    assert roles.keys() == {"head", "target", "draft"}
+    assert roles.keys() == {"head", "target", "draft", "gpu"}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
