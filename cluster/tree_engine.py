@@ -28,7 +28,7 @@ from cluster.core.errors import (
     InvalidArgument,
     PacelineError,
 )
-from cluster.core.stats import Health, Load
+from cluster.core.stats import FAILED, Health, Load
 from cluster.core.types import GenerateRequest, ModelInfo, StreamItem
 from cluster.engine.kv_cache import KVCache
 from cluster.rounds.detokenize import TextStream
@@ -163,10 +163,10 @@ class TreeEngine:
         if self._stopped:
             return Health("stopped", False)
         if self._failure or not self._thread.is_alive():
-            return Health("failed", False, self._failure or "the engine thread died")
+            return Health(FAILED, False, self._failure or "the engine thread died")
         stuck = time.monotonic() - self._heartbeat
         if stuck > HEARTBEAT_LIMIT_S:
-            return Health("failed", False, f"no step finished for {stuck:.0f} s")
+            return Health(FAILED, False, f"no step finished for {stuck:.0f} s")
         return Health("serving", True)
 
     def close(self) -> None:

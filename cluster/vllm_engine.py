@@ -29,7 +29,7 @@ from cluster.core.errors import (
     Overloaded,
     PacelineError,
 )
-from cluster.core.stats import Health, Load
+from cluster.core.stats import FAILED, Health, Load
 from cluster.core.types import GenerateRequest, ModelInfo, Origin, StreamItem, tokenizer_hash
 from cluster.engine.weights import eos_token_ids, load_tokenizer, read_config, resolve_model
 from cluster.rounds.detokenize import text_of
@@ -180,7 +180,7 @@ class VllmEngine:
         if self._closed:
             return Health("stopped", False)
         if self._llm.errored:
-            return Health("failed", False, "vLLM's engine died")
+            return Health(FAILED, False, "vLLM's engine died")
         return Health("serving", True)
 
     def close(self) -> None:

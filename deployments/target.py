@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import os
+import threading
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Protocol, cast
@@ -10,10 +14,15 @@ from typing import Protocol, cast
 from ray import serve
 
 from cluster.core.config import ServiceConfig
-from cluster.core.errors import ConfigError, EngineUnavailable
+from cluster.core.errors import ConfigError, EngineUnavailable, PacelineError
 from cluster.core.logs import show_logs_in_replica
-from cluster.core.stats import Load
+from cluster.core.stats import FAILED, Load
 from cluster.core.types import Engine, GenerateRequest, ModelInfo, StreamItem
+
+log = logging.getLogger("ray.serve")
+
+LAST_WORDS_S = 0.3  # for the calls in flight to be told
+CLOSE_LIMIT_S = 10.0  # for an engine that has failed to take down its ranks
 
 
 class ClosableEngine(Engine, Protocol):
@@ -33,14 +42,20 @@ class Target:
 
     def __init__(self, config: ServiceConfig, engine_factory: str) -> None:
         show_logs_in_replica()
+        self._ending = False
         self._engine = import_factory(engine_factory)(config)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[StreamItem, None]:
         """The engine's items. Cancelling the call closes the engine's iterator, which frees the KV slot."""
         items = cast(AsyncGenerator[StreamItem, None], self._engine.generate(request))
-        async with aclosing(items):
-            async for item in items:
-                yield item
+        try:
+            async with aclosing(items):
+                async for item in items:
+                    yield item
+        except PacelineError:
+            if self._engine.health().phase == FAILED:
+                self._end()
+            raise
 
     async def abort(self, request_id: str, call_id: str = "", epoch: int | None = None) -> bool:
         return self._engine.abort(request_id, call_id, epoch)
@@ -55,7 +70,7 @@ class Target:
         return serve.get_replica_context().replica_id.unique_id, self._engine.load()
 
     async def check_health(self) -> None:
-        """Called by Serve, which replaces the replica when this raises."""
+        """Called by Serve, which replaces the replica when this raises, three times in a row, or finds no process."""
         self._check()
 
     def __del__(self) -> None:
@@ -66,8 +81,26 @@ class Target:
 
     def _check(self) -> None:
         health = self._engine.health()
+        if health.phase == FAILED:
+            self._end()
         if not health.ok:
             raise EngineUnavailable(f"the engine is {health.phase}: {health.detail}")
+
+    def _end(self) -> None:
+        """End this process: an engine that has failed stays so. Until Serve gave the replica up, its router would offer
+        it every call first, as one that refuses all has none."""
+        if not self._ending:
+            self._ending = True
+            log.error("the engine has failed, and its process ends: %s", self._engine.health().detail)
+            threading.Thread(target=self._leave, name="leaving", daemon=True).start()
+
+    def _leave(self) -> None:
+        time.sleep(LAST_WORDS_S)
+        limit = threading.Timer(CLOSE_LIMIT_S, os._exit, (1,))
+        limit.daemon = True
+        limit.start()
+        self._engine.close()
+        os._exit(1)
 
 
 def import_factory(path: str) -> EngineFactory:

@@ -37,9 +37,10 @@ NOTES = """## What is behind it
   answered in time (`cluster/rounds/pipeline.py`). So a drafter's fault costs speed, and each row's pause is the noise
   of a machine on which a process is being started.
 * A killed target's streams are replayed by the ingress from prompt, seed and delivered tokens
-  (`deployments/replay.py`); requests that come while no target serves wait for one, `replay_timeout_s` at most. Of
-  several targets, one whose engine has failed may be offered a call until Serve drops it: a refusal is not one of the
-  `max_replays` deaths that a request survives. `Abort` does not find a request that waits for a target just then.
+  (`deployments/replay.py`); requests that come while no target serves wait for one, `replay_timeout_s` at most. A
+  target whose engine has failed tells its calls and ends its process: one that only refused would be offered every call
+  first, being idle, until Serve gave it up after three health checks. A refusal is not one of the `max_replays` deaths
+  that a request survives. `Abort` does not find a request that waits for a target just then.
 * A killed rank ends its whole target: the others notice within a step, Serve replaces the replica with all its ranks.
 * A killed ingress replica ends calls INTERNAL, naming a dead actor: Serve decides that, not the door. A killed proxy
   ends them UNAVAILABLE. `replaying_stream` repeats both.

@@ -108,9 +108,13 @@ class Load:
     max_waiting: int = 0
 
 
+FAILED = "failed"
+
+
 @dataclass(frozen=True, slots=True)
 class Health:
-    """``phase`` is one of loading, serving, failed, stopped; ``ok`` says whether requests can be served."""
+    """``phase`` is one of loading, serving, stopped and, for good, ``FAILED``; ``ok`` says whether requests can be
+    served."""
 
     phase: str
     ok: bool
