@@ -188,10 +188,10 @@ class TreeEngine:
             if running is not None and not call.request.replaces(running.request):
                 raise AlreadyExists(f"request_id: {request_id!r} is running already")
             self._calls[request_id] = call
+            if running is not None:  # its door lost it; the engine may end before it looks into its inbox
+                running.send(Aborted(f"request {request_id} goes on in another call"))
+                self._inbox.put(partial(self._drop, running))
             self._inbox.put(partial(self._submit, call))  # before anybody can abort it
-        if running is not None:  # its door lost it; the engine may end before it looks into its inbox
-            running.send(Aborted(f"request {request_id} goes on in another call"))
-            self._inbox.put(partial(self._drop, running))
 
     def _forget(self, call: _Call) -> None:
         """The request id may be used again; what the engine thread still does for it goes by the session's own id."""

@@ -82,8 +82,8 @@ def target_options(config: ServiceConfig) -> dict[str, Any]:
 
 def _threads(config: ServiceConfig) -> int:
     """Of a target's ranks: as configured, or as reserved for them, or else this machine's, which may be another."""
-    reserved = int(config.target.get("ray_actor_options", {}).get("num_cpus", 0))
-    return config.model.threads or reserved * config.model.tensor_parallel_size or os.cpu_count() or 1
+    each = config.target.get("ray_actor_options", {}).get("num_cpus") or 0.0
+    return config.model.threads or int(each * config.model.tensor_parallel_size) or os.cpu_count() or 1
 
 
 def ingress_options(config: ServiceConfig) -> dict[str, Any]:

@@ -323,7 +323,8 @@ def _shown(value: Any) -> str:
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
     if isinstance(value, str) and len(value) > MAX_SHOWN:
         value = f"{value[:MAX_SHOWN]}..."
-    return json.dumps(value)
+    text = json.dumps(value)
+    return text if isinstance(value, str) or len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _known(kind: type[BaseModel], where: Sequence[str | int]) -> list[str]:

@@ -156,11 +156,10 @@ class Targets:
         """(replica name, load) of every target that answered."""
         return sorted(await self._broadcast("load"), key=lambda named: named[0])
 
-    async def _broadcast(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
+    async def _broadcast(self, method: str, *args: Any, timeout_s: float = BROADCAST_TIMEOUT_S) -> list[Any]:
         """Results of those targets that answered in time."""
-        timeout_s = timeout_s or BROADCAST_TIMEOUT_S
-        response = self._handle.broadcast(method, *args)
         try:
+            response = self._handle.broadcast(method, *args)
             async with asyncio.timeout(timeout_s):
                 calls = await response._fetch_replica_results_async()
         except (TimeoutError, DeploymentUnavailableError):
@@ -180,9 +179,13 @@ class Targets:
         """Serving is who answers for itself, however long the queue before it: not what the router makes of it."""
         while True:
             answers: list[ModelInfo] = []
-            with contextlib.suppress(PacelineError):
-                answers = await self._broadcast("info", timeout_s=PROBE_TIMEOUT_S)
-            answers = [info for info in answers if info.model_key == self._model_key]
+            try:
+                found = await self._broadcast("info", timeout_s=PROBE_TIMEOUT_S)
+                answers = [info for info in found if info.model_key == self._model_key]
+            except PacelineError:
+                pass
+            except Exception:  # whatever it is, the door must go on looking
+                log.exception("the targets' answers cannot be used")
             if answers:
                 self._info = answers[0]
             self._set_serving(bool(answers))

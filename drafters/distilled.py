@@ -105,7 +105,7 @@ def load_draft(
     config = read_config(target)
     if max(header.layers) >= config.num_layers:
         raise ConfigError(f"draft model: {folder} wants layer {max(header.layers)} of {target}, which has none")
-    whole = load_weights(target, config, torch.float32)
+    whole = load_weights(target, config, torch.float32, layers=header.layers)
     trained = load_file(folder / TENSORS)
     head_tokens = trained.pop("head_tokens").long()
     small = replace(config, num_layers=len(header.layers), tie_word_embeddings=False)

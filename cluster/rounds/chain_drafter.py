@@ -99,12 +99,14 @@ class ChainDrafter:
         self._always = always
         self._remote: Pipeline | None = None
         self._clock = clock
-        self._ways: dict[int, RemoteUse] = {}  # by load
-        self._mode = PLAIN  # of the last step's guesses
+        self._modes: dict[int, ModeChooser] = {}  # by load
+        self._way = self._choice(None)
         self._lock = threading.Lock()
         self._texts = RowTexts()
         self._calibration = Calibration()
-        self._times = StepTimes()
+        # Remote drafting slows steps down for reasons of its own: those beside which none goes on are the yardstick.
+        self._alone = StepTimes()
+        self._times = self._alone if local is not None else StepTimes()  # of steps that verify guesses
         self._lengths = ChainLengths(self._times)
         self._offers: Offers | None = None
         self._lessons: deque[_Lesson] = deque(maxlen=MAX_LESSONS)
@@ -124,7 +126,7 @@ class ChainDrafter:
         """From now on these stages in other processes may guess, too. From any thread."""
         with self._lock:
             self._remote = remote
-            self._ways.clear()
+            self._way = self._choice(remote)
             for text in self._texts:
                 remote.open(text, ())
 
@@ -187,15 +189,19 @@ class ChainDrafter:
             while self._lessons:
                 self._learn(self._lessons.popleft())
 
-    def _way(self, rows: int) -> RemoteUse:
-        """The choice among the ways there are, with so many rows: what is best for one need not be for many, whose
-        guesses take longer to verify."""
-        load = rows.bit_length()
-        if load not in self._ways:
-            usual = [PLAIN] if self._local is None else [LOCAL, PLAIN]
-            modes = ModeChooser(max(MIN_ROUNDS, LEARNING_ROUNDS // max(1, rows)))
-            self._ways[load] = RemoteUse(modes, usual, self._remote, self._clock, always=self._always)
-        return self._ways[load]
+    @property
+    def _mode(self) -> str:
+        return self._way.mode
+
+    def _choice(self, remote: Pipeline | None) -> RemoteUse:
+        usual = [PLAIN] if self._local is None else [LOCAL, PLAIN]
+        return RemoteUse(self._speeds(1), usual, remote, self._clock, always=self._always)
+
+    def _speeds(self, rows: int) -> ModeChooser:
+        """Of the ways with so many rows: what is fastest for one need not be for many, whose guesses take longer to
+        verify."""
+        learning_rounds = max(MIN_ROUNDS, LEARNING_ROUNDS // max(1, rows))
+        return self._modes.setdefault(rows.bit_length(), ModeChooser(learning_rounds))
 
     def _open(self, text: RowText) -> None:
         if self._local is not None:
@@ -205,13 +211,13 @@ class ChainDrafter:
 
     def _learn(self, lesson: _Lesson) -> None:
         if lesson.seconds is not None and lesson.total_s is not None:
-            # Remote drafting slows steps down for reasons of its own, which must not pass for those of a plain step.
-            alone = lesson.mode in (PLAIN, LOCAL) or self._always
-            if alone or (self._local is None and lesson.drafts):
-                self._times.observe(lesson.rows, lesson.drafts, lesson.seconds)
-            if self._times.known and lesson.mode != MIXED:
-                plain_s = self._times.seconds(lesson.rows, 0)
-                self._way(lesson.rows).modes.observe(lesson.mode, lesson.tokens, lesson.total_s / plain_s)
+            alone = lesson.mode in (PLAIN, LOCAL)
+            if alone or self._local is None:
+                times = self._alone if alone else self._times
+                times.observe(lesson.rows, lesson.drafts, lesson.seconds)
+            if self._alone.known and lesson.mode != MIXED:
+                steps = lesson.total_s / self._alone.seconds(lesson.rows, 0)
+                self._speeds(lesson.rows).observe(lesson.mode, lesson.tokens, steps)
         if lesson.offers is not None:
             self._calibration.observe(lesson.offers, lesson.outcomes)
             for outcome in filter(None, lesson.outcomes):
@@ -242,9 +248,8 @@ class ChainDrafter:
     def _chains(self, texts: Sequence[RowText], rows: int) -> list[list[int]]:
         """``rows``: of the step, also those that want no guesses."""
         nodes = max(1, STEP_NODES // max(1, len(texts)))
-        way = self._way(rows)
-        way.ask([(text, nodes) for text in texts])
-        self._mode = way.mode
+        self._way.modes = self._speeds(rows)
+        self._way.ask([(text, nodes) for text in texts])
         remote = self._remote_trees(texts, rows)
         others = [text for text in texts if text.id not in remote]
         ask_local = others and self._mode != PLAIN

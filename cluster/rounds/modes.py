@@ -21,6 +21,7 @@ PLAIN_HANDICAP = 0.93  # the usual way comes down to plain decoding by itself wh
 ALTERNATION_GAIN = 1.05  # two groups must promise to be so much faster than one, to be tried
 MIN_ROUNDS = 6  # measured rounds before a mode's speed counts ...
 LEARNING_ROUNDS = 64  # ... and before that of the first with guesses does, which learns meanwhile what they are worth
+TRIAL_PATIENCE = 8  # times as many rounds, measured or not, end a mode's trial
 LOOK_GAP = 48  # rounds between two looks at modes not in use, at least
 LOOK_ROUNDS = 4  # how long a look is; its first round only brings the drafters up to date
 LOOK_COST = 0.01  # share of the time that looks may cost
@@ -40,6 +41,7 @@ class ModeChooser:
     tokens: dict[str, float] = field(default_factory=dict)
     steps: dict[str, float] = field(default_factory=dict)
     rounds: Counter[str] = field(default_factory=Counter)
+    tried: Counter[str] = field(default_factory=Counter)
     offered: Sequence[str] = ()
     in_use: str = ""
     last: str = ""
@@ -71,7 +73,9 @@ class ModeChooser:
         if not measurable:
             return max((mode for mode in modes if self.rounds[mode] >= MIN_ROUNDS), key=self.speed, default=modes[0])
         best = self.best(modes)
-        if not self._hardly_measured(best, modes):
+        if self.on_trial(best, modes):
+            self.tried[best] += 1
+        else:
             self.in_use = best
         others = [mode for mode in modes if mode != best]
         if self.look_left and self.looking_at in modes:
@@ -88,7 +92,7 @@ class ModeChooser:
 
     def best(self, modes: Sequence[str]) -> str:
         """A mode hardly measured, else the fastest; the one in use (at first ``modes[0]``) must be clearly beaten."""
-        if unknown := [mode for mode in modes if self._hardly_measured(mode, modes)]:
+        if unknown := [mode for mode in modes if self.on_trial(mode, modes)]:
             return unknown[0]
         usual = modes[0]
         kept = self.in_use if self.in_use in modes else usual
@@ -99,9 +103,11 @@ class ModeChooser:
 
         return max(modes, key=value)
 
-    def _hardly_measured(self, mode: str, modes: Sequence[str]) -> bool:
+    def on_trial(self, mode: str, modes: Sequence[str]) -> bool:
+        """Whether too little is known of it. Where rounds can hardly be measured, a trial ends all the same."""
         learning = next((each for each in modes if each != PLAIN), None)
-        return self.rounds[mode] < (self.learning_rounds if mode == learning else MIN_ROUNDS)
+        wanted = self.learning_rounds if mode == learning else MIN_ROUNDS
+        return self.rounds[mode] < wanted and self.tried[mode] < TRIAL_PATIENCE * wanted
 
     def speed(self, mode: str) -> float:
         """Tokens per session and plain step of late; 0 where the mode was never measured."""

@@ -191,16 +191,15 @@ class Pipeline:
             )
 
     def stranded(self, session_id: str) -> bool:
-        """Whether the session has workers, all of them left out or refusing it, or none has confirmed it for long."""
+        """Whether all its workers are left out or refuse it, or it has waited for one, or for its start, for long."""
         with self._arrived:
             workers = [(s, w) for s in self.stages if (w := self._transport.worker(session_id, s)) is not None]
             known = self._sessions.get(session_id)
             if known is None:
                 return False
-            if not known.held and self._clock() - known.leasing_s > LEASE_PATIENCE_S:
-                return True
-            useless = (known.refusals[s] >= MAX_REFUSALS or not self._usable(s, w) for s, w in workers)
-            return bool(workers) and all(useless)
+            waiting_s = known.leasing_s if not workers else known.starting_s if not known.held else math.inf
+            useless = [known.refusals[s] >= MAX_REFUSALS or not self._usable(s, w) for s, w in workers]
+            return self._clock() - waiting_s > LEASE_PATIENCE_S or (bool(useless) and all(useless))
 
     @property
     def broken(self) -> bool:
@@ -218,7 +217,7 @@ class Pipeline:
         chains, under_way = list[ChainAsk](), set[str]()
         with self._arrived:
             probe = self._due_probe([(session.id, stage) for session, stages, _ in wishes for stage in stages])
-            sent: set[tuple[str, Hashable]] = set()
+            sent = set[tuple[str, Hashable]]()
             for session, stages, max_nodes in wishes:
                 known = self._sessions.get(session.id)
                 if known is None:
@@ -352,6 +351,7 @@ class Pipeline:
                 known = self._sessions.get(session_id)
                 if known and type(length) is int and 0 <= length <= known.session.base:  # anything else is rubbish
                     known.silent_since.pop((report.stage, worker), None)
+                    known.starting_s = math.inf
                     known.held[report.stage] = max(length, known.held.get(report.stage, 0))
                     if known.waiting_for and known.waiting_for.base == length:  # it took more than the start
                         known.refusals.pop(report.stage, None)

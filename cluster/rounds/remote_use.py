@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from cluster.rounds.modes import ALTERNATING, FROM_STAGES, MIN_ROUNDS, MIXED, REMOTE, ModeChooser
+from cluster.rounds.modes import ALTERNATING, FROM_STAGES, MIXED, REMOTE, ModeChooser
 from cluster.rounds.pipeline import Pipeline
 from cluster.rounds.session_drafts import Drafted
 
@@ -29,8 +29,9 @@ class RemoteUse:
         always: bool = False,
         named_only: bool = False,
     ) -> None:
-        """``usual``: what the engine can do by itself, the likely best first. ``always``: ask whoever can be reached,
-        fast or not. ``named_only``: no session gets workers that did not name their stage."""
+        """``modes``: what the choice goes by, which may be exchanged. ``usual``: what the engine can do by itself, the
+        likely best first. ``always``: ask whoever can be reached, fast or not. ``named_only``: no session gets workers
+        that did not name their stage."""
         self.mode = usual[0]
         self.modes = modes
         self._usual = list(usual)
@@ -107,7 +108,9 @@ class RemoteUse:
             return False
         remote = max(map(modes.speed, ways))
         fastest = max(remote, *map(modes.speed, self._usual))
-        if modes.rounds[REMOTE] >= MIN_ROUNDS and remote >= WORTH_A_LEASE * fastest:
+        if modes.rounds[REMOTE] and (
+            modes.on_trial(REMOTE, [*self._usual, *ways]) or remote >= WORTH_A_LEASE * fastest
+        ):
             return True
         if now - self._expedition_s > EXPEDITION_GAP_S:
             self._expedition_s = now

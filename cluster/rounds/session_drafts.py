@@ -75,8 +75,9 @@ class ArrivedTree:
 
 @dataclass(slots=True)
 class SessionDrafts:
-    """``held``: length each stage's worker acknowledged. ``started``: when a stage was last sent the session's start;
-    ``refusals``: how often in a row it has answered that it does not hold the session.
+    """``held``: length each stage's worker acknowledged. ``started``: when a stage was last sent the session's start,
+    ``starting_s``: when one first was since any confirmed it; ``refusals``: how often in a row it has answered that it
+    does not hold the session.
 
     ``present``: the state last asked about; the session itself may be moving on while a reply is looked at. ``chain``,
     ``heard``, ``trees``: stages of the ask under way and their workers, those that answered it, and with what;
@@ -89,6 +90,7 @@ class SessionDrafts:
     session: Drafted
     held: dict[str, int] = field(default_factory=dict)
     started: dict[str, float] = field(default_factory=dict)
+    starting_s: float = math.inf
     refusals: Counter[str] = field(default_factory=Counter)
     leasing_s: float = math.inf
     leased_s: float = -math.inf
@@ -149,7 +151,7 @@ class SessionDrafts:
     def start(self, stage: str, now: float) -> DraftAsk:
         """Everything that stage's worker needs to begin."""
         session = self.session
-        self.started[stage] = now
+        self.started[stage], self.starting_s = now, min(self.starting_s, now)
         start = SessionStart(tuple(session.tokens), session.prompt_len, session.params, session.owner)
         return DraftAsk(Commit(session.key, session.base, ()), 0, 0, start)
 

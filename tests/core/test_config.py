@@ -19,10 +19,14 @@ def test_nothing_configured_means_the_defaults(kind: type[BaseModel]) -> None:
 def test_nested_values_are_taken() -> None:
     config = parse_config(
         ServiceConfig,
-        {"model": {"source": "/models/x", "dtype": "float32"}, "engine": {"kv_slots": 3}, "remote_stages": ["medium"]},
+        {
+            "model": {"source": "/models/x", "dtype": "float32"},
+            "engine": {"kv_slots": 3},
+            "remote_stages": ["medium", "small"],
+        },
     )
     assert (config.model.source, config.model.dtype, config.engine.kv_slots) == ("/models/x", "float32", 3)
-    assert config.remote_stages == ("medium",)
+    assert config.remote_stages == ("small", "medium")  # the chain's order, whatever the file's
     assert parse_config(ServiceConfig, {"local_drafter": None}).local_drafter is None
 
 

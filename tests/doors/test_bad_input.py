@@ -50,7 +50,7 @@ BOTH = [
     Bad("stop_token_ids", [VOCAB_SIZE], param="stop_token_ids.0", says=f"[0, {VOCAB_SIZE})"),
     Bad("presence_penalty", 2.5),
     Bad("frequency_penalty", -2.5),
-    Bad("repetition_penalty", 0.0),
+    Bad("repetition_penalty", 1e-38, says="[0.01, 2]"),
     Bad("logit_bias", {"5": 101.0}),
     Bad("logit_bias", {"999999": 1.0}, param="logit_bias.0"),
     Bad("timeout_s", 0.0),

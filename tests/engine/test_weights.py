@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from fnmatch import fnmatch
 
 import numpy as np
 import pytest
@@ -138,6 +139,9 @@ def test_weights_are_fetched_from_a_hub_only_where_they_are_wanted(monkeypatch, 
 
     def snapshot_download(repository, allow_patterns, ignore_patterns):
         patterns.extend(allow_patterns)
+        files = ("consolidated.safetensors", "original/model.safetensors", "model-00001-of-00002.safetensors")
+        left = [name for name in files if not any(fnmatch(name, pattern) for pattern in ignore_patterns)]
+        assert left == ["model-00001-of-00002.safetensors"]
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
@@ -234,3 +238,11 @@ def test_tokens_and_slots_that_do_not_exist_are_refused(make_model, make_rank):
         rank.forward([chain(slot, [3]), chain(slot, [4])])
     with pytest.raises(ValueError, match="not allocated"):
         rank.forward([chain(slot + 1 if slot < 5 else 0, random_tokens(2, 101))])
+
+
+def test_only_the_layers_that_are_wanted_are_read(make_model):
+    _, folder = make_model("llama")
+    config = read_config(folder)
+    names = load_weights(folder, config, torch.float32, layers=[1]).keys()
+    assert {name.split(".")[2] for name in names if ".layers." in name} == {"1"}
+    assert "model.embed_tokens.weight" in names

@@ -181,6 +181,13 @@ def test_a_mode_that_is_hardly_better_is_not_worth_a_change() -> None:
     assert used.count("local") > 300
 
 
+@pytest.mark.parametrize(("modes", "kept"), [(("local", "plain"), "local"), (("plain", "remote"), "plain")])
+def test_a_trial_of_what_can_hardly_be_measured_ends_all_the_same(modes: Sequence[str], kept: str) -> None:
+    chooser = ModeChooser()
+    used = [chooser.choose(modes) for _ in range(2000)]
+    assert used[-1000:].count(kept) > 900
+
+
 @pytest.mark.parametrize("interrupted", [0, 10, 500])
 def test_one_interrupted_round_changes_no_mode(interrupted: int) -> None:
     chooser, used = ModeChooser(), []

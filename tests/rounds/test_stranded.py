@@ -47,6 +47,30 @@ def test_a_session_whose_worker_never_confirms_its_start_holds_nobody_up_for_lon
     assert not rig.pipeline.stranded(other.id)
 
 
+def test_a_session_that_lost_its_worker_holds_nobody_up_for_long() -> None:
+    rig = Rig(("small",))
+    other = session("other")
+    rig.pipeline.open(other, rig.pipeline.stages)
+    for _ in range(2):
+        rig.pipeline.ask([(other, ("small",), 8)])
+        rig.transport.join()
+    assert rig.pipeline.follows([rig.session.id, other.id])
+    rig.transport.close(other.id)
+    assert not rig.pipeline.follows([rig.session.id, other.id])
+    rig.now += LEASE_PATIENCE_S
+    assert rig.pipeline.follows([rig.session.id, other.id])
+
+
+def test_a_worker_that_comes_late_has_its_time_to_confirm_the_start() -> None:
+    rig = Rig(("small",))
+    other = session("other")
+    rig.pipeline.open(other, rig.pipeline.stages)
+    rig.now += LEASE_PATIENCE_S + 1.0
+    assert not rig.pipeline.stranded(other.id)
+    rig.pipeline.ask([(other, ("small",), 8)])
+    assert not rig.pipeline.stranded(other.id)
+
+
 def test_a_session_that_gets_no_worker_holds_nobody_up_for_long() -> None:
     rig = Rig(("small",))
     other = session("other")
