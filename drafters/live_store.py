@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ GROWTH = 0.25  # an index is made anew when this share of its text is new
 
 @dataclass(slots=True)
 class _Owned:
-    documents: deque[list[int]] = field(default_factory=deque)
+    documents: deque[array[int]] = field(default_factory=deque)
     num_tokens: int = 0
     num_new: int = 0
     store: Datastore | None = None
@@ -60,7 +61,7 @@ class LiveStores:
         with self._lock:
             owned = self._owned.setdefault(owner, _Owned())
             self._owned.move_to_end(owner)
-            owned.documents.append(list(token_ids))
+            owned.documents.append(array("i", token_ids))
             owned.num_tokens += len(token_ids)
             owned.num_new += len(token_ids)
             while owned.num_tokens > self._max_tokens and len(owned.documents) > 1:

@@ -102,7 +102,7 @@ class SssdDrafter:
     def end(self, session_id: str) -> None:
         session = self._sessions.pop(session_id, None)
         if session is not None and session.written and session.owner and self._live is not None:
-            self._live.add(session.owner, session.tokens[-session.written - PROMPT_TAIL :].tolist())
+            self._live.add(session.owner, session.tokens[-session.written - PROMPT_TAIL :])
 
     def _stores(self, owner: str) -> list[Datastore]:
         live = self._live.of(owner) if self._live is not None and owner else None
