@@ -12,7 +12,15 @@ from cluster.core.token_tree import TokenTree
 from cluster.rounds.breaker import MISSES_TO_OPEN
 from cluster.rounds.draft_worker import DraftWorker
 from cluster.rounds.pipeline import LEASE_PATIENCE_S, MAX_REFUSALS, START_INTERVAL_S
+from cluster.rounds.session import Session
 from drafters.base import Ask
+
+
+def follow(rig: Rig, session: Session) -> None:
+    """The stage is sent the session's start, and then asked for a tree."""
+    for _ in range(2):
+        rig.pipeline.ask([(session, ("small",), 8)])
+        rig.transport.join()
 
 
 def test_sessions_all_of_whose_workers_are_left_out_hold_nobody_up() -> None:
@@ -41,9 +49,7 @@ def test_a_session_whose_worker_never_confirms_its_start_holds_nobody_up_for_lon
     rig.now += LEASE_PATIENCE_S
     assert rig.pipeline.follows([rig.session.id, other.id])
     rig.transport.hung = set()
-    for _ in range(2):  # its start, and what it is asked then
-        rig.pipeline.ask([(other, ("small",), 8)])
-        rig.transport.join()
+    follow(rig, other)
     assert not rig.pipeline.stranded(other.id)
 
 
@@ -51,9 +57,7 @@ def test_a_session_that_lost_its_worker_holds_nobody_up_for_long() -> None:
     rig = Rig(("small",))
     other = session("other")
     rig.pipeline.open(other, rig.pipeline.stages)
-    for _ in range(2):
-        rig.pipeline.ask([(other, ("small",), 8)])
-        rig.transport.join()
+    follow(rig, other)
     assert rig.pipeline.follows([rig.session.id, other.id])
     rig.transport.close(other.id)
     assert not rig.pipeline.follows([rig.session.id, other.id])
@@ -104,9 +108,7 @@ def test_a_session_that_its_worker_keeps_refusing_holds_no_other_up() -> None:
         rig.now += START_INTERVAL_S + 0.1
     assert rig.pipeline.follows([rig.session.id, other.id])
     rig.drafters["small"].begin = begin  # type: ignore[method-assign]
-    for _ in range(2):  # its start, and what it is asked then
-        rig.pipeline.ask([(other, ("small",), 8)])
-        rig.transport.join()
+    follow(rig, other)
     assert not rig.pipeline.stranded(other.id)
 
 
