@@ -162,7 +162,7 @@ def _settings(args: argparse.Namespace, questions: Sequence[Question]) -> dict[s
         "baseline": args.baseline,
         "model": args.model,
         "dtype": "bf16",
-        "prompts": str(args.prompts),
+        "prompts": args.prompts.name,
         "prompts_measured": len(questions),
         "categories": len({question.category for question in questions}),
         "max_tokens": args.max_tokens,
@@ -171,9 +171,15 @@ def _settings(args: argparse.Namespace, questions: Sequence[Question]) -> dict[s
         "concurrencies": args.concurrency,
         "temperatures": args.temperatures,
         "threads": args.threads,
-        "config": args.address or str(args.config),
+        "config": args.address or _in_repository(args.config),
         "nice": os.nice(0),
     }
+
+
+def _in_repository(path: Path) -> str:
+    """What results say of a file: no place on somebody's machine."""
+    path = path.resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
 def _interrupt(number: int, frame: object) -> None:

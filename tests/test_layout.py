@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,11 @@ LAYERS = (
     "cluster.core",
     "protos",
 )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.name)
+def test_results_name_no_place_on_the_machine_that_made_them(path: Path) -> None:
+    assert not re.findall(r'"(?:/|\.\./)[^"]*"', path.read_text())
 
 
 def modules() -> list[Path]:
