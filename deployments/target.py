@@ -16,7 +16,7 @@ from ray import serve
 from cluster.core.config import ServiceConfig
 from cluster.core.errors import ConfigError, EngineUnavailable, PacelineError
 from cluster.core.logs import show_logs_in_replica
-from cluster.core.stats import FAILED, Load
+from cluster.core.stats import FAILED, Health, Load
 from cluster.core.types import Engine, GenerateRequest, ModelInfo, StreamItem
 
 log = logging.getLogger("ray.serve")
@@ -47,14 +47,14 @@ class Target:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[StreamItem, None]:
         """The engine's items. Cancelling the call closes the engine's iterator, which frees the KV slot."""
-        items = cast(AsyncGenerator[StreamItem, None], self._engine.generate(request))
+        engine = self._engine  # a shutdown takes it away
+        items = cast(AsyncGenerator[StreamItem, None], engine.generate(request))
         try:
             async with aclosing(items):
                 async for item in items:
                     yield item
         except PacelineError:
-            if self._engine.health().phase == FAILED:
-                self._end()
+            self._end_if_failed(engine)
             raise
 
     async def abort(self, request_id: str, call_id: str = "", epoch: int | None = None) -> bool:
@@ -80,27 +80,28 @@ class Target:
             engine.close()
 
     def _check(self) -> None:
-        health = self._engine.health()
-        if health.phase == FAILED:
-            self._end()
+        health = self._end_if_failed(self._engine)
         if not health.ok:
             raise EngineUnavailable(f"the engine is {health.phase}: {health.detail}")
 
-    def _end(self) -> None:
-        """End this process: an engine that has failed stays so. Until Serve gave the replica up, its router would offer
-        it every call first, as one that refuses all has none."""
-        if not self._ending:
+    def _end_if_failed(self, engine: ClosableEngine) -> Health:
+        """End this process where its engine has failed, which is for good. Until Serve gave the replica up, its router
+        would offer it every call first, as one that refuses all has none."""
+        health = engine.health()
+        if health.phase == FAILED and not self._ending:
             self._ending = True
-            log.error("the engine has failed, and its process ends: %s", self._engine.health().detail)
-            threading.Thread(target=self._leave, name="leaving", daemon=True).start()
+            log.error("the engine has failed, and its process ends: %s", health.detail)
+            threading.Thread(target=_leave, args=(engine,), name="leaving", daemon=True).start()
+        return health
 
-    def _leave(self) -> None:
-        time.sleep(LAST_WORDS_S)
-        limit = threading.Timer(CLOSE_LIMIT_S, os._exit, (1,))
-        limit.daemon = True
-        limit.start()
-        self._engine.close()
-        os._exit(1)
+
+def _leave(engine: ClosableEngine) -> None:
+    time.sleep(LAST_WORDS_S)
+    limit = threading.Timer(CLOSE_LIMIT_S, os._exit, (1,))
+    limit.daemon = True
+    limit.start()
+    engine.close()
+    os._exit(1)
 
 
 def import_factory(path: str) -> EngineFactory:

@@ -7,7 +7,7 @@ A model folder is what transformers writes: config.json, tokenizer files, one or
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,14 @@ def load_weights(
     config: DecoderConfig,
     dtype: torch.dtype,
     shard: Shard = WHOLE,
-    layers: Container[int] | None = None,
+    layers: Iterable[int] | None = None,
 ) -> dict[str, torch.Tensor]:
     """All tensors the decoder needs, by their stock names, converted to ``dtype``; of each, the shard's part only.
 
     ``config`` is the whole model's; ``layers``: those that are wanted, None for all. Raises ``ConfigError`` naming
     tensors that are missing, quantised, or of another shape than the configuration says.
     """
-    expected = dict(_expected_shapes(config, layers))
+    expected = dict(_expected_shapes(config, range(config.num_layers) if layers is None else layers))
     weights: dict[str, torch.Tensor] = {}
     found: set[str] = set()
     for file in sorted(folder.glob("*.safetensors")):
@@ -81,7 +81,7 @@ def output_rows(folder: Path, config: DecoderConfig, tokens: torch.Tensor) -> to
     raise ConfigError(f"model: {folder}/*.safetensors lack {name}")
 
 
-def _expected_shapes(config: DecoderConfig, wanted: Container[int] | None) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _expected_shapes(config: DecoderConfig, layers: Iterable[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = config.num_heads * dim, config.num_kv_heads * dim
     yield "model.embed_tokens.weight", (config.vocab_size, hidden)
@@ -95,7 +95,7 @@ def _expected_shapes(config: DecoderConfig, wanted: Container[int] | None) -> It
         ("mlp.up_proj", inner, hidden, config.mlp_bias),
         ("mlp.down_proj", hidden, inner, config.mlp_bias),
     ]
-    for layer in (layer for layer in range(config.num_layers) if wanted is None or layer in wanted):
+    for layer in layers:
         prefix = f"model.layers.{layer}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield f"{prefix}.{norm}.weight", (hidden,)

@@ -200,8 +200,10 @@ class ChainDrafter:
     def _speeds(self, rows: int) -> ModeChooser:
         """Of the ways with so many rows: what is fastest for one need not be for many, whose guesses take longer to
         verify."""
-        learning_rounds = max(MIN_ROUNDS, LEARNING_ROUNDS // max(1, rows))
-        return self._modes.setdefault(rows.bit_length(), ModeChooser(learning_rounds))
+        load = rows.bit_length()
+        if load not in self._modes:
+            self._modes[load] = ModeChooser(max(MIN_ROUNDS, LEARNING_ROUNDS // max(1, rows)))
+        return self._modes[load]
 
     def _open(self, text: RowText) -> None:
         if self._local is not None:
@@ -252,8 +254,8 @@ class ChainDrafter:
         self._way.ask([(text, nodes) for text in texts])
         remote = self._remote_trees(texts, rows)
         others = [text for text in texts if text.id not in remote]
-        ask_local = others and self._mode != PLAIN
-        trees = remote | (self._local.trees(others) if self._local is not None and ask_local else {})
+        local = self._local if self._mode != PLAIN else None
+        trees = remote | (local.trees(others) if local is not None and others else {})
         best = {text.id: best_chain(trees[text.id], text.max_drafts) for text in texts if text.id in trees}
         offered = {row_id: chain for row_id, chain in best.items() if len(chain)}
         if not offered:

@@ -197,7 +197,7 @@ class Pipeline:
             known = self._sessions.get(session_id)
             if known is None:
                 return False
-            waiting_s = known.leasing_s if not workers else known.starting_s if not known.held else math.inf
+            waiting_s = known.starting_s if workers else known.leasing_s
             useless = [known.refusals[s] >= MAX_REFUSALS or not self._usable(s, w) for s, w in workers]
             return self._clock() - waiting_s > LEASE_PATIENCE_S or (bool(useless) and all(useless))
 

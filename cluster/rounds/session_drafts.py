@@ -76,7 +76,7 @@ class ArrivedTree:
 @dataclass(slots=True)
 class SessionDrafts:
     """``held``: length each stage's worker acknowledged. ``started``: when a stage was last sent the session's start,
-    ``starting_s``: when one first was since any confirmed it; ``refusals``: how often in a row it has answered that it
+    ``starting_s``: when one first was since any held it; ``refusals``: how often in a row it has answered that it
     does not hold the session.
 
     ``present``: the state last asked about; the session itself may be moving on while a reply is looked at. ``chain``,
@@ -151,7 +151,9 @@ class SessionDrafts:
     def start(self, stage: str, now: float) -> DraftAsk:
         """Everything that stage's worker needs to begin."""
         session = self.session
-        self.started[stage], self.starting_s = now, min(self.starting_s, now)
+        self.started[stage] = now
+        if not self.held:
+            self.starting_s = min(self.starting_s, now)
         start = SessionStart(tuple(session.tokens), session.prompt_len, session.params, session.owner)
         return DraftAsk(Commit(session.key, session.base, ()), 0, 0, start)
 

@@ -94,3 +94,19 @@ def test_one_that_serves_or_is_being_stopped_does_not(
             asyncio.run(shell.info())
     settle()
     assert (exits, engine.closed) == ([], 0)
+
+
+def test_a_call_that_a_shutdown_ends_is_told_so(monkeypatch: pytest.MonkeyPatch, exits: list[int]) -> None:
+    engine = OneError(Health("stopped", False), EngineUnavailable("the engine is stopping"))
+    shell = make(monkeypatch, engine)
+    original = engine.generate
+
+    async def generate(request: GenerateRequest) -> AsyncGenerator[Any, None]:
+        shell.__del__()  # as Serve does while calls are in flight
+        async for item in original(request):
+            yield item
+
+    monkeypatch.setattr(engine, "generate", generate)
+    with pytest.raises(EngineUnavailable, match="stopping"):
+        asyncio.run(call(shell))
+    assert (exits, engine.closed) == ([], 1)

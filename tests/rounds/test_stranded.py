@@ -23,13 +23,18 @@ def follow(rig: Rig, session: Session) -> None:
         rig.transport.join()
 
 
-def test_sessions_all_of_whose_workers_are_left_out_hold_nobody_up() -> None:
-    rig = Rig(("small",))
-    broken = DraftWorker("small", ScriptedDrafter(next_token, vocab_size=VOCAB))
-    other = session("other")
-    rig.transport.placed[other.id, "small"] = broken
+def beside_a_hung_worker() -> tuple[Rig, Session, DraftWorker]:
+    """A rig, another session, and the worker of its own that never answers."""
+    rig, other = Rig(("small",)), session("other")
+    hung = DraftWorker("small", ScriptedDrafter(next_token, vocab_size=VOCAB))
+    rig.transport.placed[other.id, "small"] = hung
     rig.pipeline.open(other, rig.pipeline.stages)
-    rig.transport.hung = {broken}
+    rig.transport.hung = {hung}
+    return rig, other, hung
+
+
+def test_sessions_all_of_whose_workers_are_left_out_hold_nobody_up() -> None:
+    rig, other, broken = beside_a_hung_worker()
     assert not rig.pipeline.follows([rig.session.id, other.id])
     for _ in range(MISSES_TO_OPEN):
         rig.pipeline._failed("small", broken, [other.id])
@@ -38,12 +43,7 @@ def test_sessions_all_of_whose_workers_are_left_out_hold_nobody_up() -> None:
 
 
 def test_a_session_whose_worker_never_confirms_its_start_holds_nobody_up_for_long() -> None:
-    rig = Rig(("small",))
-    hung = DraftWorker("small", ScriptedDrafter(next_token, vocab_size=VOCAB))
-    other = session("other")
-    rig.transport.placed[other.id, "small"] = hung
-    rig.pipeline.open(other, rig.pipeline.stages)
-    rig.transport.hung = {hung}
+    rig, other, _ = beside_a_hung_worker()
     rig.pipeline.ask([(other, ("small",), 8)])
     assert not rig.pipeline.follows([rig.session.id, other.id])
     rig.now += LEASE_PATIENCE_S
