@@ -52,10 +52,7 @@ class EngineConfig(_Config):
     max_nodes: int = Field(default=24, ge=0, le=256, description="nodes of one session's tree, at most")
     max_rows: int = Field(default=64, ge=8, description="rows of one step: roots, tree nodes and prefill tokens")
     prefill_chunk: int = Field(
-        default=256, ge=1, description="prefill tokens of one session in one step, at most; never more than max_rows"
-    )
-    prefill_slowdown: float = Field(
-        default=2.0, ge=1.0, description="how much longer prompts may make a step of the sessions that decode"
+        default=256, ge=1, description="prefill tokens of one step, at most; never more than max_rows"
     )
     priorities: bool = Field(
         default=False, description="whether clients may set a priority; else a non-zero one is refused by name"

@@ -123,14 +123,6 @@ class Governor:
     def always(self) -> bool:
         return self._config.governor == "always"
 
-    def prompt_rows(self, decoding: int, left: int, context: float) -> int:
-        """How many prompt tokens a step may read beside ``decoding`` sessions; ``left`` are waiting to be read."""
-        if not decoding or not left:
-            return min(left, self._config.max_rows)
-        most = min(left, self._config.max_rows - decoding)
-        seconds = self._seconds(decoding, most + 1, context)
-        return max(1, int(np.searchsorted(seconds, self._config.prefill_slowdown * seconds[0], "right")) - 1)
-
     def budget(
         self, session_ids: Sequence[str], trees: Sequence[TokenTree], prompt_rows: int, context: float
     ) -> list[TokenTree]:

@@ -168,19 +168,18 @@ class Scheduler:
         self._admit()
         if not self._running:
             return []
-        start = time.perf_counter()
+        start, config = time.perf_counter(), self._config
+        unread = min(self.unread, config.prefill_chunk)
         decoding = [session for session in self._running if session.phase is Phase.DECODE]
-        decoding = self._drafting.ready(decoding, self.unread > 0)
+        decoding = self._drafting.ready(decoding, unread > 0)
         mode = self._drafting.round_mode
         context = _mean([session.base for session in decoding or self._running])
         guesses = self._drafting.guess(decoding, context)
-        unread = min(self.unread, self._config.max_rows // 2)
-        reserved = self.governor.prompt_rows(len(decoding), unread, context)  # rows that trees may not take
+        reserved = min(unread, config.max_rows // 2)  # rows that trees may not take
         trees = self.governor.budget([session.id for session in decoding], guesses, reserved, context)
         drafted = time.perf_counter()
         tree_rows = sum(len(tree) + 1 for tree in trees)
-        prompt_room = self.governor.prompt_rows(len(decoding), self.unread, context)
-        chunks = self._prefill_chunks(min(prompt_room, self._config.max_rows - tree_rows))
+        chunks = self._prefill_chunks(min(unread, config.max_rows - tree_rows))
         prompt_rows = sum(len(tokens) for _, tokens in chunks)
         verifies = [_verify(session, tree) for session, tree in zip(decoding, trees)]
         nodes = tree_rows - len(decoding)
@@ -245,7 +244,7 @@ class Scheduler:
             if session.phase is not Phase.PREFILL or room <= 0:
                 continue
             at = self._prefilled[session.id]
-            chunk = session.tokens[at : at + min(room, self._config.prefill_chunk)]
+            chunk = session.tokens[at : at + room]
             chunks.append((session, chunk))
             room -= len(chunk)
         return chunks

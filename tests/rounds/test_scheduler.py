@@ -162,14 +162,16 @@ def test_several_prompts_share_a_step(rank: Rank) -> None:
     rig.run()
 
 
-@pytest.mark.parametrize(("slowdown", "rows"), [(1.0, 1), (2.0, 6), (4.0, 19)])
-def test_a_prompt_slows_running_sessions_no_further_than_allowed(rank: Rank, slowdown: float, rows: int) -> None:
-    rig = Rig(rank, curve=CostCurve((1, 64), (1.0, 10.765)), prefill_slowdown=slowdown)
+def test_prompts_fill_the_steps_of_running_sessions(rank: Rank) -> None:
+    rig = Rig(rank, max_rows=32)
     rig.submit([3], tokens=60)
     rig.scheduler.step()
-    rig.submit(range(2, 102))
+    for first in (2, 3):
+        rig.submit(range(first, first + 40))
     rig.scheduler.step()
-    assert rig.verifier.rows[-1] == (rows, 1)
+    assert rig.verifier.rows[-1] == (31, 1)
+    rig.scheduler.step()
+    assert rig.verifier.rows[-1] == (8 + 22, 2)  # the end of one, with its first token, and the beginning of the other
     rig.run()
 
 
