@@ -137,38 +137,40 @@ template <class T, class X> struct Forward {
     });
   }
 
-  // Rows of one slot that stand together share the walk over their prefix.
+  // Rows of one slot that stand together share the walk over their prefix, as far as that leaves all threads work. A
+  // head's runs follow each other: its keys and values are in the cache then.
   void attention(const T* queries, const T* keys, const T* values, T* out) const {
     const int dim = model.dim, kv_heads = model.kv_heads, group = model.heads / kv_heads;
+    const int longest = std::min(RUN, (step.rows * kv_heads + walk.parts() - 1) / walk.parts());
     const size_t width = (size_t)model.heads * dim;
     int runs = 0;
-    for (int r = 0; r < step.rows; r = end_of_run(r)) ++runs;
+    for (int r = 0; r < step.rows; r = end_of_run(r, longest)) ++runs;
     walk.each(
         runs * kv_heads, walk.parts(),
         [&] {
           static thread_local std::vector<int> starts;
           starts.clear();
-          for (int r = 0; r < step.rows; r = end_of_run(r)) starts.push_back(r);
+          for (int r = 0; r < step.rows; r = end_of_run(r, longest)) starts.push_back(r);
           return starts.data();
         },
         [&](const int* starts, int first, int last) {
           for (int item = first; item < last; ++item) {
-            const int start = starts[item / kv_heads], h = item % kv_heads;
+            const int start = starts[item % runs], h = item / runs;
             const size_t slot = ((size_t)step.slots[start] * step.slot_size * kv_heads + h) * dim;
-            Run<T> run{keys + slot, values + slot, (size_t)kv_heads * dim, end_of_run(start) - start, step.prefixes[start], {}, {}};
+            Run<T> run{keys + slot, values + slot, (size_t)kv_heads * dim, end_of_run(start, longest) - start, step.prefixes[start], {}, {}};
             for (int r = 0; r < run.rows; ++r) {
               run.paths[r] = step.paths + (size_t)(start + r) * step.path_width;
               run.counts[r] = run.prefix + step.path_lengths[start + r];
             }
             const size_t head = (size_t)start * width + (size_t)h * group * dim;
-            attend(run, queries + head, width, out + head, width, group, dim, scale());
+            attend<T, X>(run, queries + head, width, out + head, width, group, dim, scale());
           }
         });
   }
 
-  int end_of_run(int start) const {
+  int end_of_run(int start, int longest) const {
     int r = start + 1;
-    while (r < step.rows && r - start < RUN && step.slots[r] == step.slots[start]) ++r;
+    while (r < step.rows && r - start < longest && step.slots[r] == step.slots[start]) ++r;
     return r;
   }
 

@@ -13,25 +13,21 @@ namespace {
 // What a thread multiplies weights with: fp32 rows, or bf16 pairs as one 32-bit word where the CPU multiplies those.
 #if defined(__AVX512BF16__)
 using pairs = uint32_t;
-inline v16 step(__m512i w, const pairs* x, v16 sum) {
+inline sum16 step(__m512i w, const pairs* x, sum16 sum) {
   int pair;
   memcpy(&pair, x, 4);
   return (v16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair));
 }
-inline v16 step(const bf16* w, const pairs* x, v16 sum) { return step(_mm512_loadu_si512(w), x, sum); }
+inline sum16 step(const bf16* w, const pairs* x, sum16 sum) { return step(_mm512_loadu_si512(w), x, sum); }
 #else
 struct pairs { float low, high; };
-inline v16 step(const bf16* w, const pairs* x, v16 sum) {
-  u16 both;
-  memcpy(&both, w, 64);
-  return fma16((v16)(both & 0xffff0000u), splat(x->high), fma16((v16)(both << 16), splat(x->low), sum));
-}
+inline sum16 step(const bf16* w, const pairs* x, sum16 sum) { return add_products(w, x->low, x->high, sum); }
 #endif
-inline v16 step(const float* w, const float* x, v16 sum) { return fma16(load16(w), splat(*x), sum); }
+inline sum16 step(const float* w, const float* x, sum16 sum) { return add_product(w, *x, sum); }
 
 // The lines of B blocks as they are, a step at a time.
 template <class T, int B> struct PlainLines {
-  static constexpr int GRAIN = 1, FEW = 4, LINE = 64 / sizeof(T);
+  static constexpr int GRAIN = 1, FEW = FEW_ROWS, LINE = 64 / sizeof(T);
   typedef const T* line;
   const T* weight;
   size_t size;  // of a block
@@ -81,19 +77,19 @@ template <class T, class X> struct Linear {
 
   int blocks() const { return gated ? (outputs + 15) / 16 * 2 : (outputs + 15) / 16; }
 
-  void finish(int row, int block, const v16* sums, int count) const {
+  void finish(int row, int block, const sum16* sums, int count) const {
     const T* kind = nullptr;
     for (int b = 0; b < count; b += gated ? 2 : 1) {
       int column = (gated ? (block + b) / 2 : block + b) * 16, width = outputs - column;
       size_t at = (size_t)row * outputs + column;
-      v16 sum = sums[b];
+      v16 sum = whole(sums[b]);
       if (bias) sum += load16(bias + (block + b) * 16);
       if (wide) {
         store_part((float*)out + at, sum, width);
         continue;
       }
       if (gated && b + 1 < count) {
-        v16 up = sums[b + 1];
+        v16 up = whole(sums[b + 1]);
         if (bias) up += load16(bias + (block + b + 1) * 16);
         sum = round16(silu16(round16(sum, kind)), kind) * round16(up, kind);
       }
@@ -109,7 +105,7 @@ template <class T, class X> struct Linear {
     constexpr int line = 64 / sizeof(T);
     const X* first = x + (size_t)row * steps;
     Lines lines(weight, codes, steps, block);
-    v16 sums[R][B] = {};
+    sum16 sums[R][B] = {};
     for (int i = 0; i < B * low_steps; ++i) __builtin_prefetch(outer + ((size_t)block * low_steps + i) * line, 0, 2);
     for (int s = 0; s < steps; s += Lines::GRAIN) {
       typename Lines::line here[B][Lines::GRAIN];
@@ -131,7 +127,7 @@ template <class T, class X> struct Linear {
   }
 
   template <template <int> class Lines, int B> void rows_of(int block) const {
-    switch (rows % 8) {
+    switch (rows % TILE_ROWS) {
       case 7: tile<Lines<B>, 7, B, true>(0, block); break;
       case 6: tile<Lines<B>, 6, B, true>(0, block); break;
       case 5: tile<Lines<B>, 5, B, true>(0, block); break;
@@ -140,9 +136,9 @@ template <class T, class X> struct Linear {
       case 2: tile<Lines<B>, 2, B, true>(0, block); break;
       case 1: tile<Lines<B>, 1, B, true>(0, block); break;
     }
-    int row = rows % 8;
-    if (row == 0) tile<Lines<B>, 8, B, true>(row, block), row = 8;
-    for (; row < rows; row += 8) tile<Lines<B>, 8, B, false>(row, block);
+    int row = rows % TILE_ROWS;
+    if (row == 0) tile<Lines<B>, TILE_ROWS, B, true>(row, block), row = TILE_ROWS;
+    for (; row < rows; row += TILE_ROWS) tile<Lines<B>, TILE_ROWS, B, false>(row, block);
   }
 
   template <template <int> class Lines, int B> void blocks_of(int& block, int end) const {

@@ -1,8 +1,9 @@
-// Vectors of 16 floats, bf16 conversion, and the one exponential. GCC's vector types, so AVX2 and AVX-512 share the code.
+// Vectors of 16 floats, bf16 conversion, and the one exponential. GCC's vector types, so AVX2 and AVX-512 share the code;
+// but GCC keeps what is wider than a register in memory, so sums of products have a type of their own.
 #pragma once
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
 #endif
 
@@ -79,6 +80,40 @@ template <class T> inline v16 load_part(const T* p, int count) {
   memcpy(part, p, count * sizeof(T));
   return load16(part);
 }
+
+#if defined(__AVX512F__) || !defined(__FMA__)
+typedef v16 sum16;
+constexpr int TILE_ROWS = 8, FEW_ROWS = 4;  // that registers have room for, beside two blocks of outputs, and beside four
+inline v16 whole(sum16 sum) { return sum; }
+inline sum16 add_product(const float* w, float x, sum16 sum) { return fma16(load16(w), splat(x), sum); }
+// 16 pairs, each with one.
+inline sum16 add_products(const bf16* w, float low, float high, sum16 sum) {
+  u16 both;
+  memcpy(&both, w, 64);
+  return fma16((v16)(both & 0xffff0000u), splat(high), fma16((v16)(both << 16), splat(low), sum));
+}
+#else
+struct sum16 { __m256 half[2]; };
+constexpr int TILE_ROWS = 2, FEW_ROWS = 1;
+inline v16 whole(sum16 sum) {
+  v16 v;
+  memcpy(&v, &sum, 64);
+  return v;
+}
+inline sum16 add_product(const float* w, float x, sum16 sum) {
+  const __m256 factor = _mm256_set1_ps(x);
+  return {_mm256_fmadd_ps(_mm256_loadu_ps(w), factor, sum.half[0]), _mm256_fmadd_ps(_mm256_loadu_ps(w + 8), factor, sum.half[1])};
+}
+inline sum16 add_products(const bf16* w, float low, float high, sum16 sum) {
+  const __m256 first = _mm256_set1_ps(low), second = _mm256_set1_ps(high);
+  const __m256i a = _mm256_loadu_si256((const __m256i*)w), b = _mm256_loadu_si256((const __m256i*)(w + 16));
+  const __m256i upper = _mm256_set1_epi32((int)0xffff0000u);
+  const auto odd = [&](__m256i pairs) { return _mm256_castsi256_ps(_mm256_and_si256(pairs, upper)); };
+  const auto even = [&](__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); };
+  return {_mm256_fmadd_ps(odd(a), second, _mm256_fmadd_ps(even(a), first, sum.half[0])),
+          _mm256_fmadd_ps(odd(b), second, _mm256_fmadd_ps(even(b), first, sum.half[1]))};
+}
+#endif
 
 inline void store16(float* p, v16 x) { memcpy(p, &x, 64); }
 inline void store16(bf16* p, v16 x) {

@@ -1,0 +1,40 @@
+"""The native kernels as a CPU without AVX-512 runs them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine_steps import TREE_PARENTS, path_to, prefill, random_tokens, rows
+
+from cluster.engine import kernels_native
+from cluster.engine.cpu import cpu_flags
+
+PROMPT = random_tokens(83, 101, seed=1)
+GUESSES = random_tokens(7, 101, seed=2)
+
+
+@pytest.fixture
+def without_avx512(monkeypatch):
+    if not {"avx2", "fma"} <= cpu_flags():
+        pytest.skip("this CPU has no AVX2")
+    flags = [flag.replace("native", "haswell") if "-march" in flag else flag for flag in kernels_native.FLAGS]
+    monkeypatch.setattr(kernels_native, "FLAGS", tuple(flags))
+    kernels_native._library.cache_clear()
+    yield
+    kernels_native._library.cache_clear()
+
+
+@pytest.mark.usefixtures("without_avx512")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dim", [12, 64])
+def test_trees_equal_paths_and_other_kernels_on_avx2(dtype, dim, make_model, make_rank):
+    folder = make_model("llama", head_dim=dim)[1]
+    rank, other = make_rank(folder, dtype, "native"), make_rank(folder, dtype, "torch")
+    tree = rank.forward([rows(prefill(rank, PROMPT), GUESSES, TREE_PARENTS)])
+    for row in range(len(GUESSES)):
+        path = [GUESSES[node] for node in path_to(row)]
+        slot = prefill(rank, PROMPT + path[:-1], chunk=40)
+        assert torch.equal(rank.forward([rows(slot, path[-1:], [-1])])[0], tree[row])
+        rank.kv.free(slot)
+    expected = other.forward([rows(prefill(other, PROMPT), GUESSES, TREE_PARENTS)])
+    torch.testing.assert_close(tree, expected, rtol=0.0, atol=1e-3 if dtype == "float32" else 0.3)
