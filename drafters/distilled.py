@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from cluster.core.errors import ConfigError
 from cluster.engine.model_config import DecoderConfig, read_config
 from cluster.engine.weights import load_weights
-from drafters.shipped import ARTIFACTS, DEFAULT, tokenizer_of
+from drafters.shipped import DEFAULT, find_shipped, tokenizer_of
 
 HEADER = "draft.json"
 TENSORS = "draft.safetensors"
@@ -83,13 +83,15 @@ def find_draft(source: str, target: Path) -> Path | None:
         return None
     if source != DEFAULT:
         return Path(source).expanduser()
-    for folder in sorted(path.parent for path in ARTIFACTS.glob(f"*/draft/{HEADER}")):
-        if DraftHeader.read(folder).tokenizer_hash == tokenizer_of(target):
-            return folder
-    raise ConfigError(
-        f"model.source: no draft model is shipped for the tokenizer of {target}; allowed: a model's folder,"
-        " or one that drafters.training.distill made"
+    shipped = find_shipped(
+        f"draft/{HEADER}", lambda folder: DraftHeader.read(folder).tokenizer_hash == tokenizer_of(target)
     )
+    if shipped is None:
+        raise ConfigError(
+            f"model.source: no draft model is shipped for the tokenizer of {target}; allowed: a model's folder,"
+            " or one that drafters.training.distill made"
+        )
+    return shipped
 
 
 def load_draft(

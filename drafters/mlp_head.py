@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cluster.core.errors import ConfigError
-from drafters.shipped import ARTIFACTS, DEFAULT, tokenizer_of
+from drafters.shipped import DEFAULT, find_shipped, tokenizer_of
 
 HEADER = "head.json"
 TENSORS = "head.safetensors"
@@ -147,9 +147,12 @@ def find_head(source: str, target: Path) -> Path:
     """``default``: the one shipped for the target's tokenizer. Raises ``ConfigError`` where there is none."""
     if source != DEFAULT:
         return Path(source).expanduser()
-    for folder in sorted(path.parent for path in ARTIFACTS.glob(f"*/mlp_head/{HEADER}")):
-        if HeadHeader.read(folder).tokenizer_hash == tokenizer_of(target):
-            return folder
-    raise ConfigError(
-        f"head: none is shipped for the tokenizer of {target}; allowed: a folder made by drafters.training.train_head"
+    shipped = find_shipped(
+        f"mlp_head/{HEADER}", lambda folder: HeadHeader.read(folder).tokenizer_hash == tokenizer_of(target)
     )
+    if shipped is None:
+        raise ConfigError(
+            f"head: none is shipped for the tokenizer of {target}; allowed: a folder made by"
+            " drafters.training.train_head"
+        )
+    return shipped

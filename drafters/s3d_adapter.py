@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from cluster.core.errors import ConfigError
 from cluster.engine.model_config import DecoderConfig
-from drafters.shipped import ARTIFACTS, DEFAULT, tokenizer_of
+from drafters.shipped import DEFAULT, find_shipped, tokenizer_of
 
 HEADER, TENSORS, FORMAT = "header.json", "adapter.safetensors", 1
 
@@ -155,9 +155,11 @@ def find_adapter(name: str, config: DecoderConfig, model_folder: Path) -> Path:
     if name != DEFAULT:
         return Path(name).expanduser()
     tokenizer = tokenizer_of(model_folder)
-    for folder in sorted(path.parent for path in ARTIFACTS.glob(f"*/s3d/{HEADER}")):
-        if tokenizer is not None and S3DHeader.read(folder).fits(config, tokenizer):
-            return folder
-    raise ConfigError(
-        f"adapter: none is shipped for the target in {model_folder}; drafters.training.train_s3d makes one"
+    shipped = find_shipped(
+        f"s3d/{HEADER}", lambda folder: tokenizer is not None and S3DHeader.read(folder).fits(config, tokenizer)
     )
+    if shipped is None:
+        raise ConfigError(
+            f"adapter: none is shipped for the target in {model_folder}; drafters.training.train_s3d makes one"
+        )
+    return shipped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
 ARTIFACTS = Path(__file__).with_name("artifacts")
 DEFAULT = "default"
 """In place of a folder: whichever shipped one fits the target."""
+
+
+def find_shipped(header: str, fits: Callable[[Path], bool]) -> Path | None:
+    """The first shipped folder that has such a header (``store/header.json``, ...) and ``fits``."""
+    folders = sorted(path.parent for path in ARTIFACTS.glob(f"*/{header}"))
+    return next(filter(fits, folders), None)
 
 
 @functools.cache

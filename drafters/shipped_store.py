@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from drafters.datastore import StoreHeader
-from drafters.shipped import ARTIFACTS, DEFAULT, tokenizer_of
+from drafters.datastore import HEADER, StoreHeader
+from drafters.shipped import DEFAULT, find_shipped, tokenizer_of
 
 log = logging.getLogger(__name__)
 
@@ -22,9 +22,13 @@ def find_store(name: str, vocab_size: int, model_folder: Path) -> Path | None:
         folder = Path(name).expanduser()
         StoreHeader.read(folder).check(folder, vocab_size, tokenizer_of(model_folder))
         return folder
-    for folder in sorted(path.parent for path in ARTIFACTS.glob("*/store/header.json")):
+    wanted = vocab_size, tokenizer_of(model_folder)
+
+    def fits(folder: Path) -> bool:
         header = StoreHeader.read(folder)
-        if header.vocab_size == vocab_size and header.tokenizer_hash == tokenizer_of(model_folder):
-            return folder
-    log.info("store: none is shipped for the tokenizer of %s", model_folder)
-    return None
+        return (header.vocab_size, header.tokenizer_hash) == wanted
+
+    shipped = find_shipped(f"store/{HEADER}", fits)
+    if shipped is None:
+        log.info("store: none is shipped for the tokenizer of %s", model_folder)
+    return shipped

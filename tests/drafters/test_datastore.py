@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cluster.core.errors import ConfigError
-from drafters import shipped_store
+from drafters import shipped, shipped_store
 from drafters.datastore import (
     INDEX,
     TEXT,
@@ -161,7 +161,7 @@ def test_another_vocabulary_or_tokenizer_is_refused_naming_both(
 def test_the_default_is_the_shipped_store_of_the_targets_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shipped_store, "ARTIFACTS", tmp_path / "artifacts")
+    monkeypatch.setattr(shipped, "ARTIFACTS", tmp_path / "artifacts")
     monkeypatch.setattr(shipped_store, "tokenizer_of", lambda folder: "ours")
     assert find_store("default", 100, tmp_path) is None
     for name, tokenizer in (("a", "theirs"), ("b", "ours")):
