@@ -30,8 +30,7 @@ PROMPT_TAIL = 3  # prompt tokens kept before an output in a live store, so that 
 
 @dataclass(slots=True)
 class _Session:
-    """``tokens``: the text that is indexed, at least its newest ``max_tokens``; the last ``written`` were committed
-    here. What a session had written when it was begun has been collected, where it was preempted, or is not ours."""
+    """``tokens``: the text that is indexed, at least its newest ``max_tokens``; the last ``written`` are output."""
 
     owner: str
     tokens: array[int]
@@ -75,7 +74,7 @@ class SssdDrafter:
     ) -> None:
         if session_id not in self._sessions and len(self._sessions) >= self._max_sessions:
             raise Overloaded(f"{self._max_sessions} sessions are held already")
-        self._sessions[session_id] = self._indexed(owner, token_ids, 0)
+        self._sessions[session_id] = self._indexed(owner, token_ids, len(token_ids) - prompt_len)
 
     def propose(self, asks: Sequence[Ask], upstream: Mapping[str, TokenTree]) -> dict[str, TokenTree]:
         sessions = [self._session(ask.session_id) for ask in asks]

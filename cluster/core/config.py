@@ -52,7 +52,9 @@ class EngineConfig(_Config):
     max_nodes: int = Field(default=24, ge=0, le=256, description="nodes of one session's tree, at most")
     max_rows: int = Field(default=64, ge=8, description="rows of one step: roots, tree nodes and prefill tokens")
     prefill_chunk: int = Field(
-        default=256, ge=1, description="prefill tokens of one step, at most; never more than max_rows"
+        default=256,
+        ge=1,
+        description="prefill tokens of a step in which others decode, at most; never more than max_rows",
     )
     priorities: bool = Field(
         default=False, description="whether clients may set a priority; else a non-zero one is refused by name"

@@ -17,7 +17,7 @@ inline void softmax(v16* scores, int count) {
   const int padded = (count + 15) / 16;
   v16 tops = splat(-INFINITY), total = {};
   for (int i = count; i < padded * 16; ++i) scores[padded - 1][i % 16] = -INFINITY;
-  for (int b = 0; b < padded; ++b) tops = scores[b] > tops ? scores[b] : tops;
+  for (int b = 0; b < padded; ++b) tops = most(tops, scores[b]);
   float top = tops[0];
   for (int i = 1; i < 16; ++i) top = tops[i] > top ? tops[i] : top;
   for (int b = 0; b < padded; ++b) scores[b] = exp16(scores[b] - splat(top));
@@ -39,6 +39,15 @@ template <class T> struct Run {
   size_t at(int row, int i) const { return (i < prefix ? i : prefix + paths[row][i - prefix]) * stride; }
 };
 
+// The first `count` of 64 bytes' elements; the others are zero.
+template <class T> inline u16 load_words(const T* p, int count) {
+  u16 words = {};
+  if (count * (int)sizeof(T) >= 64) memcpy(&words, p, 64);
+  else memcpy(&words, p, count * sizeof(T));
+  return words;
+}
+
+#if defined(__AVX512F__)
 typedef uint64_t l8 __attribute__((vector_size(64)));
 
 // Rows become columns: words, pairs of words, and quarters of a row change places, each within its neighbours.
@@ -65,24 +74,39 @@ inline void transpose(u16* rows) {
   }
 }
 
-// The first `count` of 64 bytes' elements; the others are zero.
-template <class T> inline u16 load_words(const T* p, int count) {
-  u16 words = {};
-  if (count * sizeof(T) >= 64) memcpy(&words, p, 64);
-  else memcpy(&words, p, count * sizeof(T));
-  return words;
+// Two lines of pairs.
+inline void interleave(const u16& first, const u16& second, u16* lines) {
+  const h32 a = (h32)first, b = (h32)second;
+  lines[0] = (u16)__builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42,
+                                          11, 43, 12, 44, 13, 45, 14, 46, 15, 47);
+  lines[1] = (u16)__builtin_shufflevector(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57,
+                                          26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63);
 }
+#else
+inline void transpose(u16* rows) {
+  uint32_t words[16][16], columns[16][16];
+  memcpy(words, rows, sizeof words);
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) columns[j][i] = words[i][j];
+  memcpy(rows, columns, sizeof columns);
+}
+
+inline void interleave(const u16& first, const u16& second, u16* lines) {
+  uint16_t a[32], b[32];
+  uint32_t words[32];
+  memcpy(a, &first, sizeof a);
+  memcpy(b, &second, sizeof b);
+  for (int i = 0; i < 32; ++i) words[i] = a[i] | (uint32_t)b[i] << 16;
+  memcpy(lines, words, sizeof words);
+}
+#endif
 
 // 64 bytes of a position, or of two (null: not there) as pairs: lines of what `step` multiplies with.
 inline void value_lines(const float* const* at, int from, int count, u16* lines) {
   lines[0] = at[0] ? load_words(at[0] + from, count) : u16{};
 }
 inline void value_lines(const bf16* const* at, int from, int count, u16* lines) {
-  const h32 a = at[0] ? (h32)load_words(at[0] + from, count) : h32{}, b = at[1] ? (h32)load_words(at[1] + from, count) : h32{};
-  lines[0] = (u16)__builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42,
-                                          11, 43, 12, 44, 13, 45, 14, 46, 15, 47);
-  lines[1] = (u16)__builtin_shufflevector(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57,
-                                          26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63);
+  interleave(at[0] ? load_words(at[0] + from, count) : u16{}, at[1] ? load_words(at[1] + from, count) : u16{}, lines);
 }
 
 // 16 shares as `step` takes them: bf16 pairs are rounded, in place.
@@ -99,13 +123,12 @@ template <class X> inline const X* factors(v16& shares) {
 // steps and blocks in one order, whatever is beside it; missing positions are zeros of weight 0.
 template <class T, class X, int DIM> class Attend {
   static constexpr int EACH = 4 / sizeof(T), MOST = DIM ? DIM : 16 * MAX_VECTORS;  // elements of a step; of a head
-  static constexpr int KEY_LINES = (MOST / EACH + 15) / 16 * 16, VALUE_LINES = 16 / EACH * MAX_VECTORS;
+  static constexpr int KEY_LINES = (MOST / EACH + 15) / 16 * 16, VALUE_LINES = 16 / EACH * ((MOST + 31) / 32 * 2);
   const Run<T>& run_;
   const int group_, dim_, shared_;
   int widest_ = 0;
   X* queries_;
-  sum16* sums_;
-  v16* scores_;
+  v16 *sums_, *scores_;
 
   int dim() const { return DIM ? DIM : dim_; }
   int steps() const { return (dim() + 2 * EACH - 1) / (2 * EACH) * 2; }
@@ -154,26 +177,26 @@ template <class T, class X, int DIM> class Attend {
     const int num = run_.rows * group_, query_vectors = (steps() * sizeof(X) + 63) / 64;
     buffer.resize((size_t)num * (query_vectors + vectors() + widest_));
     queries_ = (X*)buffer.data();
-    sums_ = (sum16*)(buffer.data() + (size_t)num * query_vectors);
-    scores_ = (v16*)(sums_ + (size_t)num * vectors());
+    sums_ = buffer.data() + (size_t)num * query_vectors;
+    scores_ = sums_ + (size_t)num * vectors();
     std::fill_n(buffer.data(), (size_t)num * query_vectors, v16{});
     for (int query = 0; query < num; ++query) {
       const T* from = q + query / group_ * q_step + query % group_ * dim();
       memcpy(queries_ + query * steps(), stage(from, 1, dim(), staged), (dim() + EACH - 1) / EACH * sizeof(X));
-      for (int v = 0; v < vectors(); ++v) sums_[query * vectors() + v] = sum16{};
+      for (int v = 0; v < vectors(); ++v) sums_[query * vectors() + v] = v16{};
     }
     multiply_keys(scale);
     for (int query = 0; query < num; ++query) softmax(scores(query), run_.counts[query / group_]);
     mix_values();
     for (int query = 0; query < num; ++query)
       for (int v = 0; v < vectors(); ++v)
-        store_part(out + query / group_ * out_step + query % group_ * dim() + v * 16, whole(sums_[query * vectors() + v]), dim() - v * 16);
+        store_part(out + query / group_ * out_step + query % group_ * dim() + v * 16, sums_[query * vectors() + v], dim() - v * 16);
   }
 
  private:
   // Scores of COUNT queries, from `query` on. None of the sums waits for another.
   template <int COUNT> void score(const u16* keys, int query, int b, float scale) const {
-    sum16 sums[COUNT][2] = {};
+    v16 sums[COUNT][2] = {};
     const X* queries = queries_ + query * steps();
     for (int s = 0; s < steps(); s += 2)
 #pragma GCC unroll 2
@@ -181,7 +204,7 @@ template <class T, class X, int DIM> class Attend {
 #pragma GCC unroll 8
         for (int i = 0; i < COUNT; ++i)
           sums[i][odd] = step((const T*)(keys + s + odd), queries + i * steps() + s + odd, sums[i][odd]);
-    for (int i = 0; i < COUNT; ++i) scores(query + i)[b] = (whole(sums[i][0]) + whole(sums[i][1])) * splat(scale);
+    for (int i = 0; i < COUNT; ++i) scores(query + i)[b] = (sums[i][0] + sums[i][1]) * splat(scale);
   }
 
   void multiply_keys(float scale) const {
@@ -196,8 +219,8 @@ template <class T, class X, int DIM> class Attend {
           }
         },
         [&](int query, int count, int b) {
-          for (; count >= 6; count -= 6, query += 6) score<6>(keys, query, b, scale);
-          for (; count >= 3; count -= 3, query += 3) score<3>(keys, query, b, scale);
+          for (; count >= SCORED; count -= SCORED, query += SCORED) score<SCORED>(keys, query, b, scale);
+          for (; count >= SCORED / 2; count -= SCORED / 2, query += SCORED / 2) score<SCORED / 2>(keys, query, b, scale);
           for (; count > 0; --count, ++query) score<1>(keys, query, b, scale);
         });
   }
@@ -205,7 +228,7 @@ template <class T, class X, int DIM> class Attend {
   // COUNT queries' sums, from `query` on, go on with a block's values.
   template <int COUNT> void mix(const u16* values, int query, int b) const {
     const X* shares[COUNT];
-    sum16 mixed[COUNT][DIM ? DIM / 16 : MAX_VECTORS];
+    v16 mixed[COUNT][DIM ? DIM / 16 : MAX_VECTORS];
     for (int i = 0; i < COUNT; ++i) {
       shares[i] = factors<X>(scores(query + i)[b]);
       for (int v = 0; v < vectors(); ++v) mixed[i][v] = sums_[(query + i) * vectors() + v];
@@ -229,7 +252,7 @@ template <class T, class X, int DIM> class Attend {
               value_lines(at + s * EACH, v * 16, dim() - v * 16, values + s * vectors() + v);
         },
         [&](int query, int count, int b) {
-          for (; count >= 3; count -= 3, query += 3) mix<3>(values, query, b);
+          for (; count >= MIXED; count -= MIXED, query += MIXED) mix<MIXED>(values, query, b);
           for (; count > 0; --count, ++query) mix<1>(values, query, b);
         });
   }

@@ -1,9 +1,9 @@
 // The decoder's forward pass on a CPU, in fp32 and bf16: one call computes a whole step, or one sub-layer of a rank.
 //
-// Contract: a row's result does not depend on the other rows of the call. Every output element is one chain of fused
-// multiply-adds in a fixed order, whatever the register tile; attention sums a row's keys in position order. The file
-// is compiled with -ffp-contract=off and fuses only where fma16() says so, so that no template instance can round
-// differently from another. bf16 rounds where a stock bf16 model stores a tensor; sums are fp32.
+// Contract: a row's result does not depend on the other rows of the call. Every output element is a sum of
+// fused multiply-adds in a fixed order, whatever the register tile; attention sums a row's keys in position order. The
+// file is compiled with -ffp-contract=off and fuses only where fma16() and step() say so, so that no template instance can
+// round differently from another. bf16 rounds where a stock bf16 model stores a tensor; sums are fp32.
 #include "attention.h"
 #include "linear.h"
 #include "mlp_head.h"
@@ -141,7 +141,7 @@ template <class T, class X> struct Forward {
   // head's runs follow each other: its keys and values are in the cache then.
   void attention(const T* queries, const T* keys, const T* values, T* out) const {
     const int dim = model.dim, kv_heads = model.kv_heads, group = model.heads / kv_heads;
-    const int longest = std::min(RUN, (step.rows * kv_heads + walk.parts() - 1) / walk.parts());
+    const int longest = std::min(RUN, (2 * step.rows * kv_heads + walk.parts() - 1) / walk.parts());  // two a thread
     const size_t width = (size_t)model.heads * dim;
     int runs = 0;
     for (int r = 0; r < step.rows; r = end_of_run(r, longest)) ++runs;

@@ -13,17 +13,19 @@ namespace {
 // What a thread multiplies weights with: fp32 rows, or bf16 pairs as one 32-bit word where the CPU multiplies those.
 #if defined(__AVX512BF16__)
 using pairs = uint32_t;
-inline sum16 step(__m512i w, const pairs* x, sum16 sum) {
+inline v16 step(__m512i w, const pairs* x, v16 sum) {
   int pair;
   memcpy(&pair, x, 4);
   return (v16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair));
 }
-inline sum16 step(const bf16* w, const pairs* x, sum16 sum) { return step(_mm512_loadu_si512(w), x, sum); }
+inline v16 step(const bf16* w, const pairs* x, v16 sum) { return step(_mm512_loadu_si512(w), x, sum); }
 #else
-struct pairs { float low, high; };
-inline sum16 step(const bf16* w, const pairs* x, sum16 sum) { return add_products(w, x->low, x->high, sum); }
+struct __attribute__((may_alias)) pairs { float low, high; };
+inline v16 step(const bf16* w, const pairs* x, v16 sum) {
+  return fma16(load_odd(w), splat(x->high), fma16(load_even(w), splat(x->low), sum));
+}
 #endif
-inline sum16 step(const float* w, const float* x, sum16 sum) { return add_product(w, *x, sum); }
+inline v16 step(const float* w, const float* x, v16 sum) { return fma16(load16(w), splat(*x), sum); }
 
 // The lines of B blocks as they are, a step at a time.
 template <class T, int B> struct PlainLines {
@@ -77,19 +79,19 @@ template <class T, class X> struct Linear {
 
   int blocks() const { return gated ? (outputs + 15) / 16 * 2 : (outputs + 15) / 16; }
 
-  void finish(int row, int block, const sum16* sums, int count) const {
+  void finish(int row, int block, const v16* sums, int count) const {
     const T* kind = nullptr;
     for (int b = 0; b < count; b += gated ? 2 : 1) {
       int column = (gated ? (block + b) / 2 : block + b) * 16, width = outputs - column;
       size_t at = (size_t)row * outputs + column;
-      v16 sum = whole(sums[b]);
+      v16 sum = sums[b];
       if (bias) sum += load16(bias + (block + b) * 16);
       if (wide) {
         store_part((float*)out + at, sum, width);
         continue;
       }
       if (gated && b + 1 < count) {
-        v16 up = whole(sums[b + 1]);
+        v16 up = sums[b + 1];
         if (bias) up += load16(bias + (block + b + 1) * 16);
         sum = round16(silu16(round16(sum, kind)), kind) * round16(up, kind);
       }
@@ -105,7 +107,7 @@ template <class T, class X> struct Linear {
     constexpr int line = 64 / sizeof(T);
     const X* first = x + (size_t)row * steps;
     Lines lines(weight, codes, steps, block);
-    sum16 sums[R][B] = {};
+    v16 sums[R][B] = {};
     for (int i = 0; i < B * low_steps; ++i) __builtin_prefetch(outer + ((size_t)block * low_steps + i) * line, 0, 2);
     for (int s = 0; s < steps; s += Lines::GRAIN) {
       typename Lines::line here[B][Lines::GRAIN];

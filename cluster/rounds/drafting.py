@@ -111,7 +111,7 @@ class Drafting:
         free = all(session.speculation.engine_chooses and self.cap(session) for session in now)
         self._two_groups = free and self._may_alternate(len(now))
         group = now
-        if self.mode == ALTERNATING and self._two_groups:
+        if self.mode == ALTERNATING and self._two_groups and not busy:  # a step full of prompts takes as long for half
             rested = [session for session in now if self._last_round.get(session.id, 0) < self._round] or now
             group = sorted(rested, key=lambda s: self._last_round.get(s.id, 0))[: (len(now) + 1) // 2]
         self.sitting_out = len(now) - len(group)

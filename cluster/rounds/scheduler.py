@@ -169,8 +169,8 @@ class Scheduler:
         if not self._running:
             return []
         start, config = time.perf_counter(), self._config
-        unread = min(self.unread, config.prefill_chunk)
         decoding = [session for session in self._running if session.phase is Phase.DECODE]
+        unread = min(self.unread, config.prefill_chunk) if decoding else self.unread
         decoding = self._drafting.ready(decoding, unread > 0)
         mode = self._drafting.round_mode
         context = _mean([session.base for session in decoding or self._running])

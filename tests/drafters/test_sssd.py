@@ -244,19 +244,6 @@ def test_live_sessions_leave_their_output_to_later_ones_but_not_their_prompts() 
     assert store.text.tolist() == [43, 1, 2, 3, 4, 5, 100]
 
 
-def test_a_session_that_goes_on_leaves_its_output_once() -> None:
-    live = LiveStores(100, min_new=1)
-    drafter = SssdDrafter(SssdOptions(), live=live)
-    for begun, written in (([1, 2], [3, 4, 5]), ([1, 2, 3, 4, 5], [6, 7])):
-        drafter.begin("s", begun, PARAMS, 2, "me")
-        drafter.commit("s", written)
-        drafter.end("s")
-        live.wait()
-    store = live.of("me")
-    assert store is not None
-    assert store.text.tolist() == [1, 2, 3, 4, 5, 100, 3, 4, 5, 6, 7, 100]
-
-
 @pytest.mark.parametrize("writer", ["me", ""])
 @pytest.mark.parametrize("max_tokens", [64, 32_768])
 def test_what_one_owner_wrote_drafts_for_nobody_else_and_what_nobody_wrote_for_nobody(

@@ -1,4 +1,4 @@
-"""The native kernels as a CPU without AVX-512 runs them."""
+"""The native kernels as lesser CPUs run them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ PROMPT = random_tokens(83, 101, seed=1)
 GUESSES = random_tokens(7, 101, seed=2)
 
 
-@pytest.fixture
-def without_avx512(monkeypatch):
-    if not {"avx2", "fma"} <= cpu_flags():
-        pytest.skip("this CPU has no AVX2")
-    flags = [flag.replace("native", "haswell") if "-march" in flag else flag for flag in kernels_native.FLAGS]
+@pytest.fixture(params=[("haswell", "avx2"), ("skylake-avx512", "avx512bw")], ids=["avx2", "avx512"])
+def _compiled_for(request, monkeypatch):
+    march, needed = request.param
+    if needed not in cpu_flags():
+        pytest.skip(f"this CPU has no {needed}")
+    flags = [flag.replace("native", march) for flag in kernels_native.FLAGS]
     monkeypatch.setattr(kernels_native, "FLAGS", tuple(flags))
     kernels_native._library.cache_clear()
     yield
     kernels_native._library.cache_clear()
 
 
-@pytest.mark.usefixtures("without_avx512")
+@pytest.mark.usefixtures("_compiled_for")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("dim", [12, 64])
-def test_trees_equal_paths_and_other_kernels_on_avx2(dtype, dim, make_model, make_rank):
+@pytest.mark.parametrize("dim", [12, 64, 80, 128])
+def test_trees_equal_paths_and_other_kernels(dtype, dim, make_model, make_rank):
     folder = make_model("llama", head_dim=dim)[1]
     rank, other = make_rank(folder, dtype, "native"), make_rank(folder, dtype, "torch")
     tree = rank.forward([rows(prefill(rank, PROMPT), GUESSES, TREE_PARENTS)])

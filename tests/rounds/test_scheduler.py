@@ -163,16 +163,11 @@ def test_several_prompts_share_a_step(rank: Rank) -> None:
 
 
 def test_prompts_fill_the_steps_of_running_sessions(rank: Rank) -> None:
-    rig = Rig(rank, max_rows=32)
-    rig.submit([3], tokens=60)
-    rig.scheduler.step()
-    for first in (2, 3):
-        rig.submit(range(first, first + 40))
-    rig.scheduler.step()
-    assert rig.verifier.rows[-1] == (31, 1)
-    rig.scheduler.step()
-    assert rig.verifier.rows[-1] == (8 + 22, 2)  # the end of one, with its first token, and the beginning of the other
+    rig = Rig(rank, max_rows=32, prefill_chunk=24)
+    for start in (2, 3):
+        rig.submit(range(start, start + 40), tokens=60)
     rig.run()
+    assert rig.verifier.rows[:4] == [(32, 0), (7 + 24, 1), (15, 2), (0, 2)]  # 32 while nobody decodes, then 24
 
 
 def test_more_slots_than_rows_are_refused() -> None:
@@ -349,6 +344,10 @@ def test_two_groups_of_sessions_take_turns_and_say_what_one_group_says(rank: Ran
     assert gains[0] | gains[1] == gains[2] | gains[3] == set(range(5))
     assert not any(one & other for one, other in itertools.pairwise(gains))
     assert max(session.num_output - early for session, early in zip(found, before)) > 1
+    before = [session.num_output for session in found]
+    rig.submit(range(20, 60), tokens=1)
+    rig.scheduler.step()
+    assert all(session.num_output > early for session, early in zip(found, before))  # beside a prompt all take part
     rig.run()
     assert [session.tokens for session in found] == [session.tokens for session in wanted]
     assert pipeline.num_sessions == 0
