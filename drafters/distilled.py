@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from cluster.core.errors import ConfigError
 from cluster.engine.model_config import DecoderConfig, read_config
 from cluster.engine.weights import load_weights
-from drafters.shipped import DEFAULT, find_shipped, tokenizer_of
+from drafters.shipped import DEFAULT, find_folder, tokenizer_of
 
 HEADER = "draft.json"
 TENSORS = "draft.safetensors"
@@ -81,17 +81,13 @@ def find_draft(source: str, target: Path) -> Path | None:
     """
     if not is_draft(source):
         return None
-    if source != DEFAULT:
-        return Path(source).expanduser()
-    shipped = find_shipped(
-        f"draft/{HEADER}", lambda folder: DraftHeader.read(folder).tokenizer_hash == tokenizer_of(target)
+    return find_folder(
+        source,
+        f"draft/{HEADER}",
+        lambda folder: DraftHeader.read(folder).tokenizer_hash == tokenizer_of(target),
+        f"model.source: no draft model is shipped for the tokenizer of {target}; allowed: a model's folder, or one that"
+        " drafters.training.distill made",
     )
-    if shipped is None:
-        raise ConfigError(
-            f"model.source: no draft model is shipped for the tokenizer of {target}; allowed: a model's folder,"
-            " or one that drafters.training.distill made"
-        )
-    return shipped
 
 
 def load_draft(

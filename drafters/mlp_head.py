@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cluster.core.errors import ConfigError
-from drafters.shipped import DEFAULT, find_shipped, tokenizer_of
+from drafters.shipped import find_folder, tokenizer_of
 
 HEADER = "head.json"
 TENSORS = "head.safetensors"
@@ -145,14 +145,9 @@ def load_head(folder: Path, target: Path, hidden_size: int) -> tuple[HeadHeader,
 
 def find_head(source: str, target: Path) -> Path:
     """``default``: the one shipped for the target's tokenizer. Raises ``ConfigError`` where there is none."""
-    if source != DEFAULT:
-        return Path(source).expanduser()
-    shipped = find_shipped(
-        f"mlp_head/{HEADER}", lambda folder: HeadHeader.read(folder).tokenizer_hash == tokenizer_of(target)
+    return find_folder(
+        source,
+        f"mlp_head/{HEADER}",
+        lambda folder: HeadHeader.read(folder).tokenizer_hash == tokenizer_of(target),
+        f"head: none is shipped for the tokenizer of {target}; allowed: a folder made by drafters.training.train_head",
     )
-    if shipped is None:
-        raise ConfigError(
-            f"head: none is shipped for the tokenizer of {target}; allowed: a folder made by"
-            " drafters.training.train_head"
-        )
-    return shipped

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from cluster.core.errors import ConfigError
 from cluster.engine.model_config import DecoderConfig
-from drafters.shipped import DEFAULT, find_shipped, tokenizer_of
+from drafters.shipped import find_folder, tokenizer_of
 
 HEADER, TENSORS, FORMAT = "header.json", "adapter.safetensors", 1
 
@@ -152,14 +152,10 @@ def find_adapter(name: str, config: DecoderConfig, model_folder: Path) -> Path:
 
     Raises ``ConfigError`` where none is shipped.
     """
-    if name != DEFAULT:
-        return Path(name).expanduser()
-    tokenizer = tokenizer_of(model_folder)
-    shipped = find_shipped(
-        f"s3d/{HEADER}", lambda folder: tokenizer is not None and S3DHeader.read(folder).fits(config, tokenizer)
-    )
-    if shipped is None:
-        raise ConfigError(
-            f"adapter: none is shipped for the target in {model_folder}; drafters.training.train_s3d makes one"
-        )
-    return shipped
+
+    def fits(folder: Path) -> bool:
+        tokenizer = tokenizer_of(model_folder)
+        return tokenizer is not None and S3DHeader.read(folder).fits(config, tokenizer)
+
+    missing = f"adapter: none is shipped for the target in {model_folder}; drafters.training.train_s3d makes one"
+    return find_folder(name, f"s3d/{HEADER}", fits, missing)

@@ -24,6 +24,15 @@ def find_shipped(header: str, fits: Callable[[Path], bool]) -> Path | None:
     return next(filter(fits, folders), None)
 
 
+def find_folder(name: str, header: str, fits: Callable[[Path], bool], missing: str) -> Path:
+    """The folder ``name``; for ``default`` what ``find_shipped`` finds. Raises ``ConfigError(missing)`` where that is
+    nothing."""
+    folder = Path(name).expanduser() if name != DEFAULT else find_shipped(header, fits)
+    if folder is None:
+        raise ConfigError(missing)
+    return folder
+
+
 @functools.cache
 def tokenizer_of(model_folder: Path) -> str | None:
     """The ``tokenizer_hash`` of a model's folder, without transformers; None where it has no ``tokenizer.json``."""
