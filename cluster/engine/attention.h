@@ -112,7 +112,7 @@ inline void value_lines(const bf16* const* at, int from, int count, u16* lines) 
 // 16 shares as `step` takes them: bf16 pairs are rounded, in place.
 template <class X> inline const X* factors(v16& shares) {
 #if defined(__AVX512BF16__)
-  if (std::is_same<X, pairs>::value) store16((bf16*)&shares, v16(shares));
+  if (std::is_same<X, pairs>::value) store16((bf16*)&shares, shares);
 #endif
   return (const X*)&shares;
 }
@@ -190,7 +190,8 @@ template <class T, class X, int DIM> class Attend {
     mix_values();
     for (int query = 0; query < num; ++query)
       for (int v = 0; v < vectors(); ++v)
-        store_part(out + query / group_ * out_step + query % group_ * dim() + v * 16, sums_[query * vectors() + v], dim() - v * 16);
+        store_part(out + query / group_ * out_step + query % group_ * dim() + v * 16, sums_[query * vectors() + v],
+                   dim() - v * 16);
   }
 
  private:

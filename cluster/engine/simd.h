@@ -54,7 +54,8 @@ INLINE v16 operator-(v16 a) { return {-a.half[0], -a.half[1]}; }
 INLINE v16& operator+=(v16& a, v16 b) { return a = a + b; }
 INLINE v16& operator*=(v16& a, v16 b) { return a = a * b; }
 INLINE v16 fma16(v16 a, v16 b, v16 c) {
-  return {(v8)_mm256_fmadd_ps((__m256)a.half[0], (__m256)b.half[0], (__m256)c.half[0]), (v8)_mm256_fmadd_ps((__m256)a.half[1], (__m256)b.half[1], (__m256)c.half[1])};
+  return {(v8)_mm256_fmadd_ps((__m256)a.half[0], (__m256)b.half[0], (__m256)c.half[0]),
+          (v8)_mm256_fmadd_ps((__m256)a.half[1], (__m256)b.half[1], (__m256)c.half[1])};
 }
 INLINE v8 folded(v16 v) { return v.half[0] + v.half[1]; }
 #endif
