@@ -1,10 +1,11 @@
-"""How near a step comes to the memory limit: one pass over as many bytes as the packed weights have, beside real steps.
+"""How near a step comes to the memory limit: one pass over as many bytes as the weights have, beside real steps.
 
     python -m benchmarks.step_time
 
-The limit is one read of all weight matrices of a step, by as many threads as the step uses, from huge pages. Passes and
-steps take turns, so that what else the machine does hits both; ratios are given of medians and of minima. The last line
-is JSON.
+A pass is one read of all weight matrices of a step, in the model's dtype, by as many threads as the step uses, from
+huge pages. Where the engine keeps them in fewer bytes (``cluster/engine/weight_forms.py``), a step may take less than a
+pass; the share of bytes is given beside it. Passes and steps take turns, so that what else the machine does hits both;
+ratios are given of medians and of minima. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.mediums import target_weights
 from benchmarks.provenance import provenance
 from cluster.engine.kv_cache import SlotRows
 from cluster.engine.packed import PackedModel
@@ -77,11 +79,15 @@ class StepTimes:
         self._rank = rank
         if rank.decoder.model is None:
             raise ValueError("one rank of several has no whole step to measure")
-        self._words = _on_huge_pages(weight_bytes(rank.decoder.model))
+        size = target_weights(rank.config) * rank.decoder.model.embedding.element_size()
+        self._kept = kept_bytes(rank.decoder.model) / size
+        self._words = _on_huge_pages(size)
         self._pass = _compiled_pass(self._words, threads)
 
     def measure(self, rows: Sequence[int] = ROWS, repeats: int = 40) -> dict[str, Any]:
-        """Milliseconds of every pass and step: {"pass": [...], "steps": {rows: [...]}}. Uses one free KV slot."""
+        """{"pass": [...], "steps": {rows: [...]}}, milliseconds of each, and the share of bytes {"kept": share}.
+
+        Uses one free KV slot."""
         passes: list[float] = []
         steps: dict[int, list[float]] = {count: [] for count in rows}
         kv = self._rank.kv
@@ -95,10 +101,10 @@ class StepTimes:
                     steps[count].append(_milliseconds(lambda: self._rank.forward([_chain(slot, count)])))  # noqa: B023
         finally:
             kv.free(slot)
-        return {"pass": passes, "steps": steps}
+        return {"pass": passes, "steps": steps, "kept": self._kept}
 
 
-def weight_bytes(model: PackedModel) -> int:
+def kept_bytes(model: PackedModel) -> int:
     """Bytes of all matrices that a step multiplies with, as they are packed; the embedding is only looked up."""
     linears = [linear for layer in model.layers for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)]
     return sum(linear.weight.numel() * linear.weight.element_size() for linear in (*linears, model.head))
@@ -117,7 +123,8 @@ def summarise(measured: dict[str, Any]) -> dict[str, Any]:
         }
         for rows, times in measured["steps"].items()
     }
-    return {"pass_median_ms": round(median, 3), "pass_min_ms": round(least, 3), "steps": steps}
+    kept = round(measured["kept"], 3)
+    return {"pass_median_ms": round(median, 3), "pass_min_ms": round(least, 3), "kept": kept, "steps": steps}
 
 
 def join(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -126,14 +133,15 @@ def join(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "pass": [value for part in parts for value in part["pass"]],
         "steps": {count: [value for part in parts for value in part["steps"][count]] for count in rows},
+        "kept": parts[0]["kept"],
     }
 
 
 def table(summary: dict[str, Any]) -> str:
     """Markdown: a step by rows, in milliseconds and in passes."""
     lines = [
-        f"Memory limit: one pass over the weights takes {summary['pass_median_ms']:.2f} ms"
-        f" (least {summary['pass_min_ms']:.2f}).",
+        f"One pass over the weights takes {summary['pass_median_ms']:.2f} ms (least {summary['pass_min_ms']:.2f}); they"
+        f" are kept in {summary['kept']:.0%} of its bytes.",
         "",
         "| rows of a step | ms (least) | in passes, medians | in passes, minima | aim |",
         "|---:|---:|---:|---:|---:|",

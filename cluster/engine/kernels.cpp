@@ -288,8 +288,16 @@ extern "C" void mlp_logits_bf16(const MlpHead<bf16>* head, const bf16* states, f
   head_logits<bf16, pairs>(*head, states, logits, rows, threads);
 }
 
-// Whether coded weights can be multiplied with here, and their making; coded.h says what the arguments are.
-extern "C" int can_decode() { return CODED_WEIGHTS; }
+// Whether weights in fewer bits can be multiplied with here, and their making; twelve_bits.h and affine.h say what the arguments
+// are.
+extern "C" int can_decode() { return TWELVE_BIT_WEIGHTS && AFFINE_WEIGHTS; }
+extern "C" int encode_affine_bf16(const uint16_t* words, int blocks, int lines, int bits, uint8_t* out) {
+#if AFFINE_WEIGHTS
+  return bits == 4 ? encode_affine<4>(words, blocks, lines, out) : encode_affine<8>(words, blocks, lines, out);
+#else
+  return 0;
+#endif
+}
 extern "C" void encode_bf16(const uint16_t* words, int blocks, int steps, const uint8_t* upper, uint8_t* out, Stray* strays, int32_t* starts) {
   encode(words, blocks, steps, upper, out, strays, starts);
 }

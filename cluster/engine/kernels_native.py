@@ -22,15 +22,17 @@ from cluster.engine.kernels import Forward, MlpForward, ShardStep
 from cluster.engine.kv_store import KVStore
 from cluster.engine.packed import Codes, LowRank, PackedLayer, PackedLinear, PackedMlpHead, PackedModel
 from cluster.engine.rows import StepRows
+from cluster.engine.weight_forms import smallest
 
 SOURCES = tuple(
     Path(__file__).with_name(name)
-    for name in ("kernels.cpp", "attention.h", "coded.h", "linear.h", "mlp_head.h", "norm.h", "simd.h", "team.h")
+    for name in (
+        *("kernels.cpp", "affine.h", "attention.h", "linear.h", "mlp_head.h"),
+        *("norm.h", "simd.h", "team.h", "twelve_bits.h"),
+    )
 )
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-pthread", "-fPIC", "-shared", "-Wno-psabi")
 BLOCK = 16
-GROUP_STEPS, GROUP_BYTES = 4, 192  # of coded weights; coded.h
-FEW_STRAYS = 0.0005  # of a matrix's weights; more of them would cost what coding it saves
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -38,6 +40,7 @@ class _Matrix(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("weight", "upper", "strays", "starts", "bias", "inner", "outer")),
         ("rank", c_int32),
+        ("form", c_int32),
     )
 
 
@@ -125,32 +128,12 @@ def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _coded(blocks: torch.Tensor) -> tuple[torch.Tensor, Codes] | None:
-    """blocks: (blocks, steps, 16, 2) bf16. None where they do not fit, or too many weights are out of the ordinary."""
-    count, steps = blocks.shape[:2]
-    if steps % GROUP_STEPS:
-        return None
-    words = blocks.contiguous()
-    uses = torch.bincount(words.view(torch.uint8)[..., 1::2].flatten(), minlength=256)
-    upper = uses.topk(16).indices.to(torch.uint8)
-    num_strays = words.numel() - int(uses[upper.long()].sum())
-    if num_strays > FEW_STRAYS * words.numel():
-        return None
-    strays = torch.empty(num_strays + count, dtype=torch.int64)
-    starts = torch.empty(count, dtype=torch.int32)
-    coded = torch.zeros((count, steps // GROUP_STEPS, GROUP_BYTES), dtype=torch.uint8)
-    encode = _library().encode_bf16
-    encode.argtypes, encode.restype = [c_void_p, c_int, c_int, *[c_void_p] * 4], None
-    encode(words.data_ptr(), count, steps, *map(_address, (upper, coded, strays, starts)))
-    return coded, Codes(upper, strays, starts)
-
-
 def _matrix(packed: PackedLinear) -> _Matrix:
     codes, adapter = packed.codes, packed.adapter
-    addresses = [packed.weight, *((codes.upper, codes.strays, codes.starts) if codes else [None] * 3), packed.bias]
-    if adapter is None:
-        return _Matrix(*map(_address, addresses))
-    return _Matrix(*map(_address, (*addresses, adapter.inner.weight, adapter.outer.weight)), adapter.inner.outputs)
+    reading = (codes.upper, codes.strays, codes.starts) if codes else (None, None, None)
+    low_rank = (adapter.inner.weight, adapter.outer.weight) if adapter else (None, None)
+    addresses = map(_address, (packed.weight, *reading, packed.bias, *low_rank))
+    return _Matrix(*addresses, adapter.inner.outputs if adapter else 0, codes.form if codes else 0)
 
 
 def _layer(layer: PackedLayer) -> _Layer:
@@ -202,9 +185,9 @@ class NativeKernels:
         return tensor.contiguous()
 
     def _placed(self, blocks: torch.Tensor) -> tuple[torch.Tensor, Codes | None]:
-        """Blocks where a step reads them: coded, where that can be and pays."""
-        coded = _coded(blocks) if self._decodes else None
-        return (self._arena.place(blocks), None) if coded is None else (self._arena.place(coded[0]), coded[1])
+        """Blocks where a step reads them, in the smallest form that can be read here."""
+        weight, codes = smallest(_library(), blocks) if self._decodes else (blocks, None)
+        return self._arena.place(weight), codes
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, wide: bool = False) -> PackedLinear:
         padded_bias = None if bias is None else _pad(bias.float(), 0, BLOCK).contiguous()

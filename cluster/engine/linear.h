@@ -1,10 +1,11 @@
 // Packed linear: weights as [block of 16 outputs][step][64 bytes]; a step is one k in fp32, a pair of k in bf16. Those
-// of bf16 may be coded (coded.h).
+// of bf16 may be kept in fewer bits (twelve_bits.h, affine.h).
 #pragma once
 #include <algorithm>
 #include <vector>
 
-#include "coded.h"
+#include "affine.h"
+#include "twelve_bits.h"
 #include "simd.h"
 #include "team.h"
 
@@ -30,19 +31,19 @@ inline v16 step(const float* w, const float* x, v16 sum) { return fma16(load16(w
 // The lines of B blocks as they are, a step at a time.
 template <class T, int B> struct PlainLines {
   static constexpr int GRAIN = 1, FEW = FEW_ROWS, LINE = 64 / sizeof(T);
-  typedef const T* line;
+  static constexpr bool COSTLY = false;
   const T* weight;
   size_t size;  // of a block
+  const T* here;
 
   PlainLines(const void* weight, const Codes&, int steps, int block)
       : weight((const T*)weight + (size_t)block * steps * LINE), size((size_t)steps * LINE) {}
 
-  template <bool AHEAD> void read(int step, line (&to)[B][GRAIN]) {
-    for (int b = 0; b < B; ++b) {
-      to[b][0] = weight + b * size + (size_t)step * LINE;
-      if (AHEAD) __builtin_prefetch(to[b][0] + B * size, 0, 2);
-    }
+  template <bool AHEAD> void begin(int step) {
+    here = weight + (size_t)step * LINE;
+    for (int b = 0; AHEAD && b < B; ++b) __builtin_prefetch(here + (b + B) * size, 0, 2);
   }
+  const T* line(int b, int) const { return here + b * size; }
 };
 template <int B> using PlainFloats = PlainLines<float, B>;
 template <int B> using PlainPairs = PlainLines<bf16, B>;
@@ -64,9 +65,26 @@ const pairs* stage(const bf16* x, int rows, int k, std::vector<pairs>& buffer) {
   return buffer.data();
 }
 
+// Lines that stay in memory as well, (blocks, steps, 32), for further rows.
+template <class Lines> struct Kept : Lines {
+  bf16* memory;
+  int steps;
+
+  Kept(const Lines& lines, bf16* memory, int steps) : Lines(lines), memory(memory), steps(steps) {}
+  inline __attribute__((always_inline)) auto line(int b, int i) {
+    const auto now = Lines::line(b, i);
+    memcpy(memory + ((size_t)b * steps + Lines::at + i) * 32, &now, 64);
+    return now;
+  }
+};
+
+// How weights are kept; packed.py has the same.
+enum Form : int32_t { PLAIN, TWELVE_BITS, FOUR_BITS, EIGHT_BITS };
+
 template <class T, class X> struct Linear {
   const X* x;             // (rows, steps)
-  const T* weight;        // (blocks, steps, 64 bytes), or (blocks, steps / GROUP, GROUP_BYTES) where coded
+  const T* weight;        // (blocks, steps, 64 bytes), or as twelve_bits.h and affine.h have it
+  Form form;
   Codes codes;
   const float* bias;      // (16 * blocks) or null
   const T* residual;      // (rows, outputs) or null
@@ -103,21 +121,23 @@ template <class T, class X> struct Linear {
   // R rows times B blocks. AHEAD: the same lines of the next B blocks are fetched meanwhile, so that arithmetic and
   // memory overlap; the hardware's own look-ahead ends at each page. Behind a matrix, the next one to multiply with is
   // likely to stand.
-  template <class Lines, int R, int B, bool AHEAD> void tile(int row, int block) const {
+  template <int R, int B, bool AHEAD, class Lines> void tile(Lines lines, int row, int block) const {
     constexpr int line = 64 / sizeof(T);
     const X* first = x + (size_t)row * steps;
-    Lines lines(weight, codes, steps, block);
     v16 sums[R][B] = {};
     for (int i = 0; i < B * low_steps; ++i) __builtin_prefetch(outer + ((size_t)block * low_steps + i) * line, 0, 2);
     for (int s = 0; s < steps; s += Lines::GRAIN) {
-      typename Lines::line here[B][Lines::GRAIN];
-      lines.template read<AHEAD>(s, here);
+      lines.template begin<AHEAD>(s);
 #pragma GCC unroll 8
-      for (int i = 0; i < Lines::GRAIN; ++i)
+      for (int i = 0; i < Lines::GRAIN; ++i) {
+        decltype(lines.line(0, 0)) weights[B];
 #pragma GCC unroll 8
-        for (int b = 0; b < B; ++b)
+        for (int b = 0; b < B; ++b) weights[b] = lines.line(b, i);
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) sums[r][b] = step(here[b][i], first + (size_t)r * steps + s + i, sums[r][b]);
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+          for (int b = 0; b < B; ++b) sums[r][b] = step(weights[b], first + (size_t)r * steps + s + i, sums[r][b]);
+      }
     }
     for (int s = 0; s < low_steps; ++s)
 #pragma GCC unroll 8
@@ -128,19 +148,33 @@ template <class T, class X> struct Linear {
     for (int r = 0; r < R; ++r) finish(row + r, block, sums[r], B);
   }
 
-  template <template <int> class Lines, int B> void rows_of(int block) const {
+  // The first tile's rows are those that make no whole one, if there are such.
+  template <int B, class First, class Lines> void tiles(const First& first, const Lines& lines, int block) const {
     switch (rows % TILE_ROWS) {
-      case 7: tile<Lines<B>, 7, B, true>(0, block); break;
-      case 6: tile<Lines<B>, 6, B, true>(0, block); break;
-      case 5: tile<Lines<B>, 5, B, true>(0, block); break;
-      case 4: tile<Lines<B>, 4, B, true>(0, block); break;
-      case 3: tile<Lines<B>, 3, B, true>(0, block); break;
-      case 2: tile<Lines<B>, 2, B, true>(0, block); break;
-      case 1: tile<Lines<B>, 1, B, true>(0, block); break;
+      case 7: tile<7, B, true>(first, 0, block); break;
+      case 6: tile<6, B, true>(first, 0, block); break;
+      case 5: tile<5, B, true>(first, 0, block); break;
+      case 4: tile<4, B, true>(first, 0, block); break;
+      case 3: tile<3, B, true>(first, 0, block); break;
+      case 2: tile<2, B, true>(first, 0, block); break;
+      case 1: tile<1, B, true>(first, 0, block); break;
     }
     int row = rows % TILE_ROWS;
-    if (row == 0) tile<Lines<B>, TILE_ROWS, B, true>(row, block), row = TILE_ROWS;
-    for (; row < rows; row += TILE_ROWS) tile<Lines<B>, TILE_ROWS, B, false>(row, block);
+    if (row == 0) tile<TILE_ROWS, B, true>(first, row, block), row = TILE_ROWS;
+    for (; row < rows; row += TILE_ROWS) tile<TILE_ROWS, B, false>(lines, row, block);
+  }
+
+  template <template <int> class Lines, int B> void rows_of(int block) const {
+    const Lines<B> lines(weight, codes, steps, block);
+    if constexpr (Lines<B>::COSTLY) {
+      if (rows > TILE_ROWS) {
+        struct alignas(64) Line { bf16 words[32]; };
+        static thread_local std::vector<Line> memory;
+        memory.resize((size_t)B * steps);
+        return tiles<B>(Kept<Lines<B>>(lines, memory.data()->words, steps), PlainPairs<B>(memory.data(), codes, steps, 0), block);
+      }
+    }
+    tiles<B>(lines, lines, block);
   }
 
   template <template <int> class Lines, int B> void blocks_of(int& block, int end) const {
@@ -159,12 +193,17 @@ template <class T, class X> struct Linear {
     const int block = first_pair * 2, end = last_pair * 2 < blocks() ? last_pair * 2 : blocks();
     if constexpr (sizeof(T) == 4) {
       all_of<PlainFloats>(block, end);
-    } else if (!codes.upper) {
-      all_of<PlainPairs>(block, end);
     } else {
-#if CODED_WEIGHTS
-      all_of<CodedLines>(block, end);
+      switch (form) {
+        case PLAIN: all_of<PlainPairs>(block, end); break;
+#if TWELVE_BIT_WEIGHTS
+        case TWELVE_BITS: all_of<TwelveBits>(block, end); break;
 #endif
+#if AFFINE_WEIGHTS
+        case FOUR_BITS: all_of<FourBits>(block, end); break;
+        case EIGHT_BITS: all_of<EightBits>(block, end); break;
+#endif
+      }
     }
   }
 };
@@ -176,6 +215,7 @@ template <class T> struct Matrix {
   const float* bias;
   const T *inner, *outer;
   int32_t rank;
+  Form form;
 };
 
 // (rows, inputs) -> (rows, outputs): of T, rounded and added to residual if there is one, or of float where wide.
@@ -185,7 +225,7 @@ template <class T, class X, class Input>
 void multiply(Walk& walk, const Input& input, int rows, int inputs, Matrix<T> matrix, const T* residual, void* out,
               int outputs, bool wide, bool gated) {
   const auto steps = [](int count) { return sizeof(T) == 2 ? (count + 1) / 2 : count; };
-  Linear<T, X> shape{nullptr, matrix.weight, matrix.codes, matrix.bias, residual, out, rows, steps(inputs), outputs, wide, gated,
+  Linear<T, X> shape{nullptr, matrix.weight, matrix.form, matrix.codes, matrix.bias, residual, out, rows, steps(inputs), outputs, wide, gated,
                      nullptr, matrix.outer, steps(matrix.rank)};
   const int64_t weight = (int64_t)shape.blocks() * shape.steps * 64;
   const int parts = weight < 1 << 19 ? 1 : std::max(walk.parts(), (int)(weight >> 20));
@@ -198,7 +238,7 @@ void multiply(Walk& walk, const Input& input, int rows, int inputs, Matrix<T> ma
         linear.x = stage(input(), rows, inputs, staged);
         if (matrix.rank) {
           narrow.resize((size_t)rows * matrix.rank);
-          Linear<T, X> inner{linear.x, matrix.inner, {}, nullptr, nullptr, narrow.data(), rows, linear.steps, matrix.rank,
+          Linear<T, X> inner{linear.x, matrix.inner, PLAIN, {}, nullptr, nullptr, narrow.data(), rows, linear.steps, matrix.rank,
                              false, false, nullptr, nullptr, 0};
           inner.run(0, inner.pairs_of_blocks());
           linear.low = stage(narrow.data(), rows, matrix.rank, staged_narrow);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 
@@ -18,16 +19,25 @@ class LowRank:
     outer: PackedLinear
 
 
+class Form(IntEnum):
+    """Fewer bits that bf16 weights are kept in: twelve (``twelve_bits.h``), or codes they come from (``affine.h``)."""
+
+    TWELVE_BITS = 1
+    FOUR_BITS = 2
+    EIGHT_BITS = 3
+
+
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """What a coded weight needs to be read, as ``coded.h`` has it.
+    """What a weight in fewer bits needs to be read.
 
-    upper: (16,) uint8; strays: (n,) int64, one each; starts: (blocks,) int32.
+    Of one in twelve bits, upper: (16,) uint8; strays: (n,) int64, one each; starts: (blocks,) int32.
     """
 
-    upper: torch.Tensor
-    strays: torch.Tensor
-    starts: torch.Tensor
+    form: Form
+    upper: torch.Tensor | None = None
+    strays: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

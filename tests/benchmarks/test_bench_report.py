@@ -146,9 +146,11 @@ def test_the_report_is_made_anew_from_a_file_of_records(tmp_path: Path, capsys: 
 
 
 def test_steps_are_given_in_passes() -> None:
-    parts = [{"pass": [4.0, 5.0], "steps": {"1": [6.0, 8.0]}}, {"pass": [6.0], "steps": {"1": [7.0]}}]
+    parts = [{"pass": [4.0, 5.0], "steps": {"1": [6.0, 8.0]}, "kept": 0.75}]
+    parts.append({"pass": [6.0], "steps": {"1": [7.0]}, "kept": 0.75})
     summary = step_time.summarise(step_time.join(parts))
     assert summary["pass_median_ms"] == 5.0
     assert summary["steps"][1]["ratio_of_medians"] == 1.4
     assert summary["steps"][1]["ratio_of_minima"] == 1.5
     assert "≤ 1.7" in step_time.table(summary)
+    assert "75%" in step_time.table(summary)

@@ -6,10 +6,10 @@
 #include <climits>
 #include <cstdint>
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
-#define CODED_WEIGHTS 1
+#define TWELVE_BIT_WEIGHTS 1
 #include <immintrin.h>
 #else
-#define CODED_WEIGHTS 0
+#define TWELVE_BIT_WEIGHTS 0
 #endif
 
 namespace {
@@ -65,18 +65,19 @@ void encode(const uint16_t* words, int blocks, int steps, const uint8_t* upper, 
   }
 }
 
-#if CODED_WEIGHTS
+#if TWELVE_BIT_WEIGHTS
 // The lines of B blocks, two steps at a time.
-template <int B> struct CodedLines {
+template <int B> struct TwelveBits {
   static constexpr int GRAIN = 2, FEW = 0;
-  typedef __m512i line;
+  static constexpr bool COSTLY = false;
   const uint8_t* groups;
   size_t size;  // of a block
   const Stray* strays[B];
   int next = INT_MAX;  // the step of the first stray
-  __m512i upper;       // the codes' meanings, four times, so that the two bits above a code do not matter
+  __m512i here[B][GRAIN];
+  __m512i upper;  // the codes' meanings, four times, so that the two bits above a code do not matter
 
-  CodedLines(const void* weight, const Codes& codes, int steps, int block)
+  TwelveBits(const void* weight, const Codes& codes, int steps, int block)
       : groups((const uint8_t*)weight + (size_t)block * (steps / GROUP) * GROUP_BYTES),
         size((size_t)(steps / GROUP) * GROUP_BYTES),
         upper(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)codes.upper))) {
@@ -86,20 +87,20 @@ template <int B> struct CodedLines {
     }
   }
 
-  template <bool AHEAD> inline __attribute__((always_inline)) void read(int step, line (&to)[B][GRAIN]) {
+  template <bool AHEAD> inline __attribute__((always_inline)) void begin(int step) {
     const bool second = step % GROUP;
-    const uint8_t* here = groups + (size_t)(step / GROUP) * GROUP_BYTES;
+    const uint8_t* group = groups + (size_t)(step / GROUP) * GROUP_BYTES;
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b) {
-      const uint8_t *codes_at = here + b * size, *low_at = codes_at + (second ? 128 : 64);
+      const uint8_t *codes_at = group + b * size, *low_at = codes_at + (second ? 128 : 64);
       if (AHEAD) {
         if (!second) __builtin_prefetch(codes_at + B * size, 0, 2);
         __builtin_prefetch(low_at + B * size, 0, 2);
       }
       const __m512i codes = _mm512_loadu_si512(codes_at), low = _mm512_loadu_si512(low_at);
       const __m512i high = _mm512_permutexvar_epi8(second ? _mm512_srli_epi16(codes, 4) : codes, upper);
-      to[b][0] = _mm512_unpacklo_epi8(low, high);
-      to[b][1] = _mm512_unpackhi_epi8(low, high);
+      here[b][0] = _mm512_unpacklo_epi8(low, high);
+      here[b][1] = _mm512_unpackhi_epi8(low, high);
     }
     if (__builtin_expect(step != next, 1)) return;
     next = INT_MAX;
@@ -107,10 +108,12 @@ template <int B> struct CodedLines {
     for (int b = 0; b < B; ++b) {
       for (; strays[b]->step == step; ++strays[b])
         for (int i = 0; i < GRAIN; ++i)
-          to[b][i] = _mm512_mask_set1_epi16(to[b][i], strays[b]->line == i ? 1u << strays[b]->word : 0u, (short)strays[b]->bits);
+          here[b][i] = _mm512_mask_set1_epi16(here[b][i], strays[b]->line == i ? 1u << strays[b]->word : 0u, (short)strays[b]->bits);
       next = std::min(next, strays[b]->step);
     }
   }
+
+  __m512i line(int b, int i) const { return here[b][i]; }
 };
 #endif
 
