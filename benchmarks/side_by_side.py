@@ -84,6 +84,7 @@ def prepare(args: argparse.Namespace) -> tuple[Setup, list[Question]]:
         engines=(),
         model=str(folder),
         gguf=str(as_bf16(source)) if source else None,
+        quantised=str(source) if source else None,
         peers=str(args.peers.expanduser()),
         eos_token_ids=eos_token_ids(folder),
         lengths=tuple(len(question.token_ids) for question in questions),

@@ -62,4 +62,5 @@ ENGINES = {
     "vllm_paceline": Kind(VLLM_PACELINE, "vLLM-CPU, the better of both"),
     "llama_cpp": Kind(LLAMA_CPP, "llama.cpp through llama-cpp-python", 1),
     "llama_cpp_lookup": Kind(LLAMA_CPP, "llama-cpp-python with LlamaPromptLookupDecoding", 1),
+    "llama_cpp_quantised": Kind(LLAMA_CPP, "llama.cpp on the file's own four and eight bits, whose text is another", 1),
 }

@@ -22,7 +22,8 @@ class Unavailable(Exception):
 class Setup:
     """What a worker loads.
 
-    model: folder of safetensors in fp32, loaded as bf16 by every engine. gguf: the same weights as bf16 GGUF.
+    model: folder of safetensors in fp32, loaded as bf16 by every engine. gguf: the same weights as bf16 GGUF. quantised:
+    the file they come from.
     lengths: every prompt's number of tokens, for engines that build code by length. address: of a running service, or
     none to start one from ``config``.
     """
@@ -30,6 +31,7 @@ class Setup:
     engines: tuple[str, ...]
     model: str
     gguf: str | None
+    quantised: str | None
     peers: str
     eos_token_ids: tuple[int, ...]
     lengths: tuple[int, ...]

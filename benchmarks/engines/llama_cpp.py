@@ -1,4 +1,5 @@
-"""llama.cpp through llama-cpp-python, compiled for this machine, on the same weights as bf16 GGUF.
+"""llama.cpp through llama-cpp-python, compiled for this machine, on the same weights as bf16 GGUF, or on the file they
+come from, with which it rounds what it multiplies to eight bits.
 
 The binding decodes one sequence at a time; llama.cpp's server, which batches, is not part of it.
 """
@@ -35,7 +36,7 @@ class Loaded(Defaults):
         lookup = LlamaPromptLookupDecoding(num_pred_tokens=LOOKUP_TOKENS) if name == "llama_cpp_lookup" else None
         self._setup = setup
         self._llama = CountingLlama(
-            setup.gguf,
+            setup.quantised if name == "llama_cpp_quantised" else setup.gguf,
             n_ctx=setup.max_model_len,
             n_threads=setup.threads,
             n_threads_batch=setup.threads,

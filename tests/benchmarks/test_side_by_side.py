@@ -24,6 +24,7 @@ def setup(**changes: Any) -> Setup:
         "engines": ("plain",),
         "model": "",
         "gguf": None,
+        "quantised": None,
         "peers": "",
         "eos_token_ids": (2,),
         "lengths": (3,),
