@@ -22,10 +22,9 @@ class Unavailable(Exception):
 class Setup:
     """What a worker loads.
 
-    model: folder of safetensors in fp32, loaded as bf16 by every engine. gguf: the same weights as bf16 GGUF. quantised:
-    the file they come from.
-    lengths: every prompt's number of tokens, for engines that build code by length. address: of a running service, or
-    none to start one from ``config``.
+    model: folder of safetensors in fp32, loaded as bf16 by every engine. gguf: the same weights as bf16 GGUF.
+    quantised: the file they come from. lengths: every prompt's number of tokens, for engines that build code by length.
+    address: of a running service, or none to start one from ``config``.
     """
 
     engines: tuple[str, ...]
