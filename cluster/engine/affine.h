@@ -10,8 +10,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "twelve_bits.h"
 #include "simd.h"
+#include "twelve_bits.h"
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define AFFINE_WEIGHTS 1
 #else

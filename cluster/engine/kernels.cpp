@@ -288,8 +288,7 @@ extern "C" void mlp_logits_bf16(const MlpHead<bf16>* head, const bf16* states, f
   head_logits<bf16, pairs>(*head, states, logits, rows, threads);
 }
 
-// Whether weights in fewer bits can be multiplied with here, and their making; twelve_bits.h and affine.h say what the arguments
-// are.
+// Whether weights in fewer bits can be multiplied with here, and their making; twelve_bits.h and affine.h have the arguments.
 extern "C" int can_decode() { return TWELVE_BIT_WEIGHTS && AFFINE_WEIGHTS; }
 extern "C" int encode_affine_bf16(const uint16_t* words, int blocks, int lines, int bits, uint8_t* out) {
 #if AFFINE_WEIGHTS

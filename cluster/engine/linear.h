@@ -78,7 +78,7 @@ template <class Lines> struct Kept : Lines {
   }
 };
 
-// How weights are kept; packed.py has the same.
+// How weights are kept: packed.py's numbers, and PLAIN for those without codes.
 enum Form : int32_t { PLAIN, TWELVE_BITS, FOUR_BITS, EIGHT_BITS };
 
 template <class T, class X> struct Linear {
@@ -225,8 +225,8 @@ template <class T, class X, class Input>
 void multiply(Walk& walk, const Input& input, int rows, int inputs, Matrix<T> matrix, const T* residual, void* out,
               int outputs, bool wide, bool gated) {
   const auto steps = [](int count) { return sizeof(T) == 2 ? (count + 1) / 2 : count; };
-  Linear<T, X> shape{nullptr, matrix.weight, matrix.form, matrix.codes, matrix.bias, residual, out, rows, steps(inputs), outputs, wide, gated,
-                     nullptr, matrix.outer, steps(matrix.rank)};
+  Linear<T, X> shape{nullptr, matrix.weight, matrix.form, matrix.codes, matrix.bias, residual, out, rows, steps(inputs),
+                     outputs, wide, gated, nullptr, matrix.outer, steps(matrix.rank)};
   const int64_t weight = (int64_t)shape.blocks() * shape.steps * 64;
   const int parts = weight < 1 << 19 ? 1 : std::max(walk.parts(), (int)(weight >> 20));
   walk.each(
