@@ -27,7 +27,7 @@ from benchmarks.provenance import provenance
 from cluster.assemble import Target, build_scheduler, load_target
 from cluster.core.config import EngineConfig, ModelConfig, StageConfig
 from cluster.core.types import GenerateRequest, SamplingParams, Speculation
-from cluster.rounds.calibration import Calibration, Float64Array, Offers
+from cluster.rounds.calibration import Calibration, Offer
 from cluster.rounds.cost import LiveCost
 from cluster.rounds.forecast import Forecast, flat_curve, forecast
 from cluster.rounds.scheduler import Outcome, Scheduler
@@ -42,10 +42,10 @@ class Recorder(Calibration):
         super().__init__()
         self.category = ""
         self.seen = 0
-        self.rounds: dict[str, list[list[Float64Array]]] = {}
+        self.rounds: dict[str, list[list[list[float]]]] = {}
         self.emitted: Counter[str] = Counter()
 
-    def observe(self, offers: Offers, emitted: Sequence[Sequence[int] | None]) -> None:
+    def observe(self, offers: Sequence[Offer], emitted: Sequence[Sequence[int] | None]) -> None:
         self.seen += 1
         if self.seen > WARM_UP_ROUNDS:
             self.rounds.setdefault(self.category, []).append(self.scores(offers))
@@ -57,7 +57,7 @@ class Recorder(Calibration):
 class Recorded:
     """What guesses were worth, by category and round, and what asking for them took."""
 
-    rounds: dict[str, list[list[Float64Array]]]
+    rounds: dict[str, list[list[list[float]]]]
     emitted: Mapping[str, int]
     draft_s: float
 

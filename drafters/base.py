@@ -20,14 +20,15 @@ class Ask:
     """A wish for a tree: at most ``max_nodes`` nodes, none deeper than ``max_depth`` (both at least 1).
 
     ``outcomes``: the verifier takes chains and asks for the step after. What it has verified by then is the tree's best
-    path or a part of it, so breadth beside that path is worth more than depth. A drafter that makes no difference may
-    ignore it.
+    path or a part of it, so breadth beside that path is worth more than depth. ``min_score``: nodes of a lower score
+    would not be verified. A drafter that makes no difference may ignore both.
     """
 
     session_id: str
     max_nodes: int
     max_depth: int
     outcomes: bool = False
+    min_score: float = 0.0
 
 
 class Drafter(Protocol):

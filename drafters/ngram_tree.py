@@ -18,6 +18,7 @@ This module is the readable form; ``sssd.cpp`` does the same arithmetic in the s
 from __future__ import annotations
 
 from bisect import insort
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -63,14 +64,14 @@ class SessionIndex(Protocol):
 
     def grow(
         self,
-        tail: Sequence[int],
         stores: Sequence[Datastore],
         max_nodes: int,
         max_depth: int,
         stage: int,
         outcomes: bool = False,
+        min_score: float = 0.0,
     ) -> TokenTree:
-        """The best ``max_nodes`` nodes behind the text, whose newest tokens (``query`` or all) are ``tail``.
+        """The best ``max_nodes`` nodes behind the text, of those that score ``min_score`` at least.
 
         ``outcomes``: for what may come of a step that verifies the best path.
         """
@@ -91,22 +92,24 @@ class PlainIndex:
     def __init__(self, rules: Rules) -> None:
         self._rules = rules
         self._index = NgramIndex(rules.query)
+        self._newest = deque[int](maxlen=rules.query)
 
     def extend(self, token_ids: Sequence[int]) -> None:
         self._index.extend(token_ids)
+        self._newest.extend(token_ids)
 
     def grow(
         self,
-        tail: Sequence[int],
         stores: Sequence[Datastore],
         max_nodes: int,
         max_depth: int,
         stage: int,
         outcomes: bool = False,
+        min_score: float = 0.0,
     ) -> TokenTree:
         query, rules = self._rules.query, self._rules
         root = _State((None,) * query, (((0, 0),) * query,) * len(stores))
-        for token in tail[-query:]:
+        for token in self._newest:
             root = self._step(root, stores, token)
         states = [root]  # the root's, then each node's
         nodes: list[Candidate] = []
@@ -116,7 +119,7 @@ class PlainIndex:
 
         def offer(parent: int, depth: int, rank: float | None, score: float, beside: bool) -> None:
             room = max_nodes - len(nodes)
-            floor = rules.beside if beside else rules.negligible / score
+            floor = rules.beside if beside else max(rules.negligible, min_score) / score
             samples = rules.outcome_samples if outcomes and not beside else rules.samples
             found = self._followers(states[parent + 1], stores, floor, samples)
             if found and (rules.chain or beside):
@@ -124,7 +127,7 @@ class PlainIndex:
             for token, probability in found:
                 share = min(score, score * probability)
                 candidate = (-(share if rank is None else rank), parent, token, depth, share)
-                if len(frontier) < room or candidate < frontier[-1]:
+                if share >= min_score and (len(frontier) < room or candidate < frontier[-1]):
                     insort(frontier, candidate)
                     del frontier[room:]
 

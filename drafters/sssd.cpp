@@ -1,106 +1,19 @@
 // SSSD's hot path: a session's own n-gram counts, look-up in suffix arrays, and the best-first tree over both.
 //
 // The readable form of the same rules, with the same arithmetic in the same order, is ngram_index.py, datastore.py and
-// expand in sssd.py; tests compare the two tree by tree. Called through ctypes (sssd_native.py), from one thread per
-// session index.
+// ngram_tree.py; tests compare the two tree by tree. Called through ctypes (sssd_native.py), from one thread per session
+// index. Stores are larger than caches, and a step of the target has just taken what there is of these: what counts is
+// how many reads wait for each other.
 
 #include <algorithm>
 #include <cstdint>
 #include <utility>
 #include <vector>
 
-namespace {
-
-constexpr int kMaxQuery = 8;
-constexpr int kMaxStores = 2;
-constexpr int kMaxSamples = 256;
-constexpr int kNone = -1;
-constexpr int kRoot = 0;
-
-// --- a session's own text
-
-struct TrieNode {
-    int32_t token, first_child, sibling;
-    int64_t count;     // occurrences of the run this node stands for
-    int64_t followed;  // of those, how many a token followed: the sum of the children's counts
-};
-
-class Trie {
-  public:
-    explicit Trie(int query) : window_(query + 1), nodes_(1, TrieNode{kNone, kNone, kNone, 0, 0}), slots_(1024, kNone) {}
-
-    void append(int32_t token) {
-        const int open = std::min<int>(window_ - 1, static_cast<int>(cursors_.size()));
-        std::vector<int32_t> next(open + 1);
-        for (int i = 0; i <= open; ++i) {
-            const int32_t parent = i == 0 ? kRoot : cursors_[i - 1];
-            next[i] = child_or_new(parent, token);
-            ++nodes_[parent].followed;
-            ++nodes_[next[i]].count;
-        }
-        cursors_.swap(next);
-    }
-
-    int32_t child(int32_t parent, int32_t token) const { return slots_[slot_of(parent, token)]; }
-    const TrieNode& operator[](int32_t node) const { return nodes_[node]; }
-
-  private:
-    size_t slot_of(int32_t parent, int32_t token) const {
-        const uint64_t key = (static_cast<uint64_t>(parent) << 32) | static_cast<uint32_t>(token);
-        const size_t mask = slots_.size() - 1;
-        size_t slot = (key * 0x9E3779B97F4A7C15ull) >> 24 & mask;
-        while (slots_[slot] != kNone && !(parents_[slots_[slot]] == parent && nodes_[slots_[slot]].token == token)) {
-            slot = (slot + 1) & mask;
-        }
-        return slot;
-    }
-
-    int32_t child_or_new(int32_t parent, int32_t token) {
-        const size_t slot = slot_of(parent, token);
-        if (slots_[slot] != kNone) return slots_[slot];
-        const auto node = static_cast<int32_t>(nodes_.size());
-        nodes_.push_back({token, kNone, nodes_[parent].first_child, 0, 0});
-        parents_.push_back(parent);
-        nodes_[parent].first_child = node;
-        slots_[slot] = node;
-        if (nodes_.size() * 2 > slots_.size()) rehash();
-        return node;
-    }
-
-    void rehash() {
-        slots_.assign(slots_.size() * 2, kNone);
-        for (int32_t node = 1; node < static_cast<int32_t>(nodes_.size()); ++node) {
-            slots_[slot_of(parents_[node], nodes_[node].token)] = node;
-        }
-    }
-
-    int window_;
-    std::vector<TrieNode> nodes_;
-    std::vector<int32_t> parents_{kNone};
-    std::vector<int32_t> slots_;
-    std::vector<int32_t> cursors_;  // nodes of the text's last 1, 2, ... window tokens
-};
-
-// --- text stores
-
-struct Range {
-    int64_t low, high;
-    int64_t size() const { return high - low; }
-};
-
-}  // namespace
+#include "store.h"
+#include "trie.h"
 
 extern "C" {
-
-struct Store {
-    const void* text;         // size ids of 2 bytes, or 4 where wide; a document ends with the id vocab
-    const int32_t* starts;    // vocab + 2: ranks of the first suffix that begins with each id
-    const int32_t* suffixes;  // size positions, ordered by what follows
-    const int32_t* common;    // num_common ids, with their share of the text
-    const double* shares;
-    int64_t size;
-    int32_t vocab, wide, num_common;
-};
 
 struct Rules {
     int32_t query, samples;
@@ -114,29 +27,14 @@ struct Rules {
 
 namespace {
 
-int32_t token_at(const Store& store, int64_t position) {
-    if (position >= store.size) return kNone;
-    return store.wide ? static_cast<const int32_t*>(store.text)[position]
-                      : static_cast<const uint16_t*>(store.text)[position];
-}
-
-// Of the suffixes in range, which share their first `length` tokens, those that go on with `token`.
-Range narrow(const Store& store, Range range, int length, int32_t token) {
-    if (token >= store.vocab || range.size() <= 0) return {0, 0};
-    if (length == 0) return {store.starts[token], store.starts[token + 1]};
-    const int32_t* first = store.suffixes + range.low;
-    const int32_t* last = store.suffixes + range.high;
-    const auto below = [&](int32_t suffix, int32_t wanted) { return token_at(store, int64_t(suffix) + length) < wanted; };
-    first = std::lower_bound(first, last, token, below);
-    int64_t step = 1;  // most matches are few: look close by before halving what is left
-    while (step < last - first && below(first[step - 1], token + 1)) step *= 2;
-    last = std::lower_bound(first + step / 2, std::min(first + step, last), token + 1, below);
-    return {first - store.suffixes, last - store.suffixes};
-}
-
-// --- the tree
+constexpr int kMaxSamples = 256;
 
 struct State {  // what matches the newest 1, 2, ... query tokens
+    State() {
+        std::fill(own, own + kMaxQuery, kNone);
+        std::fill(&stores[0][0], &stores[0][0] + kMaxStores * kMaxQuery, Range{0, 0});
+    }
+
     int32_t own[kMaxQuery];
     Range stores[kMaxStores][kMaxQuery];
 };
@@ -150,33 +48,86 @@ struct Candidate {
     }
 };
 
+struct Follower {
+    int32_t token;
+    double probability;
+};
+
+// Probabilities summed up by token, in the order in which they come.
+class Followers {
+  public:
+    void add(int32_t token, double probability) {
+        Slot& slot = slot_of(token);
+        if (slot.round == round_) {
+            all_[slot.index].probability += probability;
+            return;
+        }
+        slot = {round_, static_cast<int32_t>(all_.size())};
+        all_.push_back({token, probability});
+        if (all_.size() * 2 > slots_.size()) {
+            slots_.assign(slots_.size() * 2, Slot{0, 0});
+            for (size_t i = 0; i < all_.size(); ++i) slot_of(all_[i].token) = {round_, static_cast<int32_t>(i)};
+        }
+    }
+
+    void clear() {
+        all_.clear();
+        ++round_;
+    }
+
+    const std::vector<Follower>& all() const { return all_; }
+
+  private:
+    struct Slot {
+        uint32_t round;  // in which it was filled: it is empty in others
+        int32_t index;
+    };
+
+    Slot& slot_of(int32_t token) {
+        const size_t mask = slots_.size() - 1;
+        size_t slot = (static_cast<uint32_t>(token) * 0x9E3779B9u) >> 8 & mask;
+        while (slots_[slot].round == round_ && all_[slots_[slot].index].token != token) slot = (slot + 1) & mask;
+        return slots_[slot];
+    }
+
+    uint32_t round_ = 1;
+    std::vector<Follower> all_;
+    std::vector<Slot> slots_ = std::vector<Slot>(512, Slot{0, 0});
+};
+
 class Grower {
   public:
     Grower(const Trie& own, const Store* stores, int num_stores, const Rules& rules)
         : own_(own), stores_(stores), num_stores_(num_stores), rules_(rules) {}
 
-    State empty() const {
-        State state;
-        std::fill(state.own, state.own + kMaxQuery, kNone);
-        std::fill(&state.stores[0][0], &state.stores[0][0] + kMaxStores * kMaxQuery, Range{0, 0});
-        return state;
-    }
-
     State step(const State& from, int32_t token) const {
-        State to = empty();
+        State to;
+        Search searches[2 * kMaxStores * kMaxQuery];
+        Range* found[kMaxStores * kMaxQuery];
+        int count = 0;
         for (int k = 0; k < rules_.query; ++k) {
             const int32_t node = k == 0 ? kRoot : from.own[k - 1];
             to.own[k] = node == kNone ? kNone : own_.child(node, token);
-            for (int s = 0; s < num_stores_; ++s) {
-                const Range range = k == 0 ? Range{0, stores_[s].size} : from.stores[s][k - 1];
-                to.stores[s][k] = narrow(stores_[s], range, k, token);
+        }
+        for (int s = 0; s < num_stores_; ++s) {
+            const Store& store = stores_[s];
+            const bool known = token < store.vocab;
+            to.stores[s][0] = known ? Range{store.starts[token], store.starts[token + 1]} : Range{0, 0};
+            for (int k = 1; k < rules_.query; ++k) {
+                const Range range = from.stores[s][k - 1];
+                to.stores[s][k] = {0, 0};
+                if (!known || range.size() <= 0) continue;
+                found[count / 2] = &to.stores[s][k];
+                for (int bound = 0; bound < 2; ++bound) searches[count++] = {&store, range.low, range.size(), k, token + bound};
             }
         }
+        find(searches, count);
+        for (int i = 0; i < count; i += 2) *found[i / 2] = {searches[i].at, searches[i + 1].at};
         return to;
     }
 
-    // (token, probability) of what may follow, in order of token. Runs that can give less than `floor` are left out.
-    const std::vector<std::pair<int32_t, double>>& followers(const State& state, double floor, int samples) {
+    // (token, probability) of what may follow. Runs that can give less than `floor` are left out.
+    const std::vector<Follower>& followers(const State& state, double floor, int samples) {
         found_.clear();
         double weight = 1.0;
         for (int k = rules_.query - 1; k >= 0 && weight >= floor; --k) {
@@ -190,18 +141,15 @@ class Grower {
             weight = each * rules_.prior;
         }
         if (num_stores_ && weight >= floor) {
-            for (int i = 0; i < stores_[0].num_common; ++i) {
-                found_.emplace_back(stores_[0].common[i], weight * stores_[0].shares[i]);
-            }
+            for (int i = 0; i < stores_[0].num_common; ++i) found_.add(stores_[0].common[i], weight * stores_[0].shares[i]);
         }
-        sum_up();
-        return found_;
+        return found_.all();
     }
 
   private:
     void add_own(int32_t node, double each) {
         for (int32_t child = own_[node].first_child; child != kNone; child = own_[child].sibling) {
-            found_.emplace_back(own_[child].token, each * own_[child].count);
+            found_.add(own_[child].token, each * own_[child].count);
         }
     }
 
@@ -218,28 +166,15 @@ class Grower {
         }
         for (int64_t i = 0, end; i < taken; i = end) {
             for (end = i + 1; end < taken && tokens[end] == tokens[i];) ++end;
-            if (tokens[i] >= 0 && tokens[i] < store.vocab) found_.emplace_back(tokens[i], each * (end - i));
+            if (tokens[i] >= 0 && tokens[i] < store.vocab) found_.add(tokens[i], each * (end - i));
         }
-    }
-
-    void sum_up() {
-        std::stable_sort(found_.begin(), found_.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
-        size_t kept = 0;
-        for (size_t i = 0; i < found_.size(); ++i) {
-            if (kept && found_[kept - 1].first == found_[i].first) {
-                found_[kept - 1].second += found_[i].second;
-            } else {
-                found_[kept++] = found_[i];
-            }
-        }
-        found_.resize(kept);
     }
 
     const Trie& own_;
     const Store* stores_;
     int num_stores_;
     const Rules& rules_;
-    std::vector<std::pair<int32_t, double>> found_;
+    Followers found_;
 };
 
 // The best candidates, at most as many as the tree has room for.
@@ -270,38 +205,76 @@ class Frontier {
     std::vector<Candidate> best_;
 };
 
+// A session's text: its runs, and where its newest tokens lead in the stores. These are followed from round to round.
+class Text {
+  public:
+    explicit Text(int query) : query_(query), trie_(query) {}
+
+    const Trie& trie() const { return trie_; }
+
+    void append(int32_t token) {
+        trie_.append(token);
+        newest_.push_back(token);
+        if (int(newest_.size()) > query_) newest_.erase(newest_.begin());
+        ++behind_;
+    }
+
+    const State& root(const Grower& grower, const Store* stores, int num_stores) {
+        std::vector<int64_t> numbers(num_stores);
+        std::transform(stores, stores + num_stores, numbers.begin(), [](const Store& store) { return store.number; });
+        if (numbers != numbers_ || behind_ > int(newest_.size())) {
+            root_ = State();
+            numbers_ = numbers;
+            behind_ = static_cast<int>(newest_.size());
+        }
+        for (; behind_; --behind_) root_ = grower.step(root_, newest_[newest_.size() - behind_]);
+        for (int k = 0; k < query_; ++k) root_.own[k] = trie_.newest(k + 1);  // also runs that were new a step ago
+        return root_;
+    }
+
+  private:
+    int query_;
+    Trie trie_;
+    std::vector<int32_t> newest_;
+    State root_;
+    std::vector<int64_t> numbers_;  // of the stores that root_ is about
+    int behind_ = 0;                // tokens it has not seen
+};
+
 }  // namespace
 
 extern "C" {
 
-void* trie_new(int32_t query) { return new Trie(query); }
-void trie_free(void* trie) { delete static_cast<Trie*>(trie); }
+void* text_new(int32_t query) { return new Text(query); }
+void text_free(void* text) { delete static_cast<Text*>(text); }
 
-void trie_extend(void* trie, const int32_t* tokens, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) static_cast<Trie*>(trie)->append(tokens[i]);
+void text_extend(void* text, const int32_t* tokens, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) static_cast<Text*>(text)->append(tokens[i]);
 }
 
-// The best-first tree behind `tail`, the text's newest tokens. With `outcomes`, only nodes of the best path have more than
-// one follower. tokens, parents, scores: (max_nodes,), filled in the order of ranks. Returns the number of nodes.
-int32_t grow(const void* trie, const Store* stores, int32_t num_stores, const Rules* rules, const int32_t* tail,
-             int32_t tail_length, int32_t max_nodes, int32_t max_depth, int32_t outcomes, int32_t* tokens,
-             int32_t* parents, float* scores) {
-    Grower grower(*static_cast<const Trie*>(trie), stores, num_stores, *rules);
-    std::vector<State> states(1, grower.empty());  // the root's, then each node's; empty where it needs none
-    for (int32_t i = 0; i < tail_length; ++i) states[0] = grower.step(states[0], tail[i]);
+// The best-first tree behind the text. With `outcomes`, only nodes of the best path have more than one follower. `least`:
+// nodes of a lower score are left out. tokens, parents, scores: (max_nodes,), filled in the order of ranks. Returns the
+// number of nodes.
+int32_t grow(void* text, const Store* stores, int32_t num_stores, const Rules* rules, int32_t max_nodes, int32_t max_depth,
+             int32_t outcomes, double least, int32_t* tokens, int32_t* parents, float* scores) {
+    Text& own = *static_cast<Text*>(text);
+    Grower grower(own.trie(), stores, num_stores, *rules);
+    std::vector<State> states{own.root(grower, stores, num_stores)};  // then each node's; empty where it needs none
     Frontier frontier(max_nodes);
-    int32_t end = -1;           // of the best path
+    int32_t end = -1;                 // of the best path
     std::vector<bool> on_path{true};  // whether it is on that path: the root, then each node
     const auto offer = [&](int32_t parent, int32_t depth, double rank, double score, bool beside) {
-        const double floor = beside ? rules->beside : rules->negligible / score;
+        const double floor = beside ? rules->beside : std::max(rules->negligible, least) / score;
         const int samples = outcomes && !beside ? rules->outcome_samples : rules->samples;
         const auto& found = grower.followers(states[parent + 1], floor, samples);
-        const auto likelier = [](const auto& a, const auto& b) { return a.second < b.second; };
+        const auto likelier = [](const Follower& a, const Follower& b) {
+            return a.probability != b.probability ? a.probability > b.probability : a.token < b.token;
+        };
         auto first = found.begin(), last = found.end();
-        if ((rules->chain || beside) && first != last) first = std::max_element(first, last, likelier), last = first + 1;
+        if ((rules->chain || beside) && first != last) first = std::min_element(first, last, likelier), last = first + 1;
         for (; first != last; ++first) {
-            const double share = std::min(score, score * first->second);
-            frontier.offer({rank < 0.0 ? share : rank, share, parent, first->first, depth});
+            const double share = std::min(score, score * first->probability);
+            if (share >= least) frontier.offer({rank < 0.0 ? share : rank, share, parent, first->token, depth});
         }
     };
     offer(-1, 1, -1.0, 1.0, false);
@@ -315,7 +288,7 @@ int32_t grow(const void* trie, const Store* stores, int32_t num_stores, const Ru
         on_path.push_back(!beside);
         if (!beside) end = count;
         const bool pays = best.depth < max_depth && frontier.takes(best.rank);
-        states.push_back(pays ? grower.step(states[best.parent + 1], best.token) : State{});
+        states.push_back(pays ? grower.step(states[best.parent + 1], best.token) : State());
         // An outcome is worth its row only with something below it: its first follower ranks as it does.
         if (pays) offer(count, best.depth + 1, outcome ? best.rank : -1.0, best.score, beside);
     }

@@ -80,12 +80,7 @@ class SssdDrafter:
         sessions = [self._session(ask.session_id) for ask in asks]
         trees = {
             ask.session_id: session.index.grow(
-                session.tokens[-self._rules.query :],
-                self._stores(session.owner),
-                ask.max_nodes,
-                ask.max_depth,
-                int(self.stage),
-                ask.outcomes,
+                self._stores(session.owner), ask.max_nodes, ask.max_depth, int(self.stage), ask.outcomes, ask.min_score
             )
             for ask, session in zip(asks, sessions)
         }

@@ -127,7 +127,7 @@ def roofline(model: Model, machine: Machine, max_rows: int) -> CostCurve:
     fixed = machine.launch + (2 * model.layers * machine.all_reduce if machine.count > 1 else 0.0)
     seconds = tuple(max(memory, per_row * rows) + fixed + reduce_row * rows for rows in widths)
     slope = position_seconds(model, machine)
-    return CostCurve(widths, seconds, (slope,) * len(widths), 0)
+    return CostCurve(widths, seconds, (slope,) * len(widths), 0, slope)
 
 
 def position_seconds(model: Model, machine: Machine) -> float:

@@ -26,6 +26,7 @@ from cluster.core.types import TreeKey
 
 Int32Array = npt.NDArray[np.int32]
 MAX_NODES = 1024
+_PLACES = np.arange(MAX_NODES, dtype=np.int32)
 
 
 def _int32(values: Any) -> Int32Array:
@@ -100,9 +101,9 @@ class TokenTree:
                 raise InvalidTree(f"{name} is not a ({n},) array of {np.dtype(kind).name}")
         if n == 0:
             return
-        if self.tokens.min() < 0 or self.tokens.max() >= vocab_size:
+        if self.tokens.view(np.uint32).max() >= vocab_size:  # as unsigned numbers negative ones are the largest
             raise InvalidTree(f"a token id is outside [0, {vocab_size})")
-        if self.parents.min() < -1 or bool((self.parents >= np.arange(n)).any()):
+        if self.parents.min() < -1 or bool((self.parents >= _PLACES[:n]).any()):
             raise InvalidTree("a parent does not stand before its child")
         if not bool(np.isfinite(self.scores).all()):
             raise InvalidTree("a score is not finite")
@@ -144,6 +145,11 @@ class TokenTree:
 
     def take(self, nodes: npt.NDArray[Any]) -> TokenTree:
         """The sub-tree of ``nodes`` (ascending), renumbered. One whose parent is not among them hangs on the root."""
+        count = len(nodes)
+        if count and nodes[-1] == count - 1:  # the first ones, as the best mostly are
+            return TokenTree(
+                self.tokens[:count], self.parents[:count], self.scores[:count], self.stages[:count], self.key
+            )
         renumber = np.full(len(self) + 1, -1, np.int32)
         renumber[nodes] = np.arange(len(nodes), dtype=np.int32)
         return TokenTree(
@@ -177,7 +183,7 @@ class TokenTree:
         that break this (a lying drafter) are clipped to the parent's first.
         """
         n = len(self)
-        if n <= max_nodes and (max_depth is None or n == 0 or int(self.depths().max()) <= max_depth):
+        if n <= max_nodes and (max_depth is None or n <= max_depth or int(self.depths().max()) <= max_depth):
             return self
         scores = self.scores.copy()
         for node, parent in enumerate(self.parents.tolist()):

@@ -154,17 +154,16 @@ class KVCache(KVStore):
             raise ValueError(f"scratch_start {start}: slot {rows.slot} holds {len(state.paths)} scratch rows")
         if state.length + start + count > self.slot_size:
             raise ValueError(f"{start + count} rows behind {state.length} positions exceed {self.slot_size}")
-        parents = np.asarray(rows.parents)
-        order = np.arange(start, start + count)
-        if parents.shape != (count,) or bool(((parents < -1) | (parents >= order)).any()):
+        parents, order = rows.parents.tolist(), range(start, start + count)
+        if len(parents) != count or not all(-1 <= parent < row for parent, row in zip(parents, order)):
             raise ValueError(f"slot {rows.slot}: a parent does not stand before its child")
         paths = state.paths[:start]
-        if count and bool((parents[1:] == order[:-1]).all()):
-            above = paths[parents[0]] if parents[0] >= 0 else np.empty(0, np.int32)
-            chain = np.concatenate([above, order.astype(np.int32)])
+        if count and parents[1:] == list(order[:-1]):
+            above = paths[parents[0]].tolist() if parents[0] >= 0 else []
+            chain = np.array([*above, *order], np.int32)
             paths += [chain[: len(above) + row + 1] for row in range(count)]
         else:
-            for row, parent in enumerate(parents.tolist(), start):
+            for row, parent in enumerate(parents, start):
                 here = np.array([row], np.int32)
                 paths.append(np.concatenate([paths[parent], here]) if parent >= 0 else here)
         state.paths = paths

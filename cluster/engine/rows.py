@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cluster.engine.kv_cache import KVCache, SlotRows
+from cluster.engine.kv_cache import Int32Array, KVCache, SlotRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +45,29 @@ def lay_out(batch: Sequence[SlotRows], kv: KVCache, vocab_size: int) -> StepRows
     tokens = np.concatenate([rows.tokens for rows in batch], dtype=np.int64)
     if tokens.size and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
         raise ValueError(f"a token id is outside [0, {vocab_size})")
-    paths = [path for rows in batch for path in kv.add_scratch(rows)]
-    counts = [len(rows.tokens) for rows in batch]
-    slots = np.repeat(np.array([rows.slot for rows in batch], np.int32), counts)
-    prefixes = np.repeat(np.array([kv.length(rows.slot) for rows in batch], np.int32), counts)
-    lengths = np.array([len(path) for path in paths], np.int32)
-    table = np.zeros((len(paths), int(lengths.max(initial=1))), np.int32)
+    # Lists, and few calls of array libraries: for a handful of rows it is the calls that take the time.
+    paths, slots, prefixes, cache_rows, flags = list[Int32Array](), list[int](), list[int](), list[int](), list[bool]()
+    for rows in batch:
+        count, prefix = len(rows.tokens), kv.length(rows.slot)
+        first = rows.slot * kv.slot_size + prefix + rows.scratch_start
+        paths += kv.add_scratch(rows)
+        slots += [rows.slot] * count
+        prefixes += [prefix] * count
+        cache_rows += range(first, first + count)
+        flags += [rows.logits] * count if isinstance(rows.logits, bool) else rows.logits.tolist()
+    lengths = [len(path) for path in paths]
+    positions = [prefix + length - 1 for prefix, length in zip(prefixes, lengths)]
+    table = np.zeros((len(paths), max(lengths, default=0)), np.int32)
     for row, path in enumerate(paths):
         table[row, : len(path)] = path
-    scratch = np.concatenate([np.arange(n) + rows.scratch_start for n, rows in zip(counts, batch)])
-    everything = all(rows.logits is True for rows in batch)
-    flags = [np.broadcast_to(np.asarray(rows.logits), n) for n, rows in zip(counts, batch)]
+    columns = torch.from_numpy(np.array((slots, prefixes, positions, lengths), np.int32)).unbind()
     return StepRows(
         tokens=torch.from_numpy(tokens),
-        slots=torch.from_numpy(slots),
-        prefixes=torch.from_numpy(prefixes),
-        positions=torch.from_numpy(prefixes + lengths - 1),
-        cache_rows=torch.from_numpy(slots.astype(np.int64) * kv.slot_size + prefixes + scratch),
+        slots=columns[0],
+        prefixes=columns[1],
+        positions=columns[2],
+        cache_rows=torch.from_numpy(np.array(cache_rows, np.int64)),
         paths=torch.from_numpy(table),
-        path_lengths=torch.from_numpy(lengths),
-        wanted=None if everything else torch.from_numpy(np.flatnonzero(np.concatenate(flags))),
+        path_lengths=columns[3],
+        wanted=None if all(flags) else torch.from_numpy(np.flatnonzero(flags)),
     )

@@ -38,21 +38,27 @@ STALE_FACTOR = 1.5  # how far a kept curve may be from what a look shows
 class CostCurve:
     """Seconds of a step by number of rows; ``rows`` ascending.
 
-    seconds: behind ``context`` committed positions. slopes: seconds that each further position adds, by rows; empty
-    where context costs nothing.
+    seconds: of one session's rows behind ``context`` committed positions. slopes: seconds that each further position
+    adds, by rows; empty where context costs nothing. session_slope: what a position adds for every further session,
+    however many of the rows are its own, since its K/V has to be read once more.
     """
 
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
     slopes: tuple[float, ...] = ()
     context: int = 0
+    session_slope: float = 0.0
 
-    def at(self, rows: int, context: float | None = None) -> float:
-        """Seconds of a step of ``rows`` rows, each behind ``context`` committed positions."""
+    def at(self, rows: int, context: float | None = None, sessions: int = 1) -> float:
+        """Seconds of a step of ``rows`` rows of so many sessions, each behind ``context`` committed positions."""
         seconds = float(np.interp(rows, self.rows, self.seconds))
         if self.slopes and context is not None:
             seconds += (context - self.context) * float(np.interp(rows, self.rows, self.slopes))
-        return seconds
+        return seconds + self.other_sessions(context, sessions)
+
+    def other_sessions(self, context: float | None, sessions: int) -> float:
+        """Seconds in which the K/V of all sessions but one is read."""
+        return max(0, sessions - 1) * (context or 0.0) * self.session_slope
 
     def slower(self, step_s: float, row_s: float) -> CostCurve:
         """This curve with so many seconds added to each step, and for each of its rows."""
@@ -70,8 +76,15 @@ def measure_steps(rank: Rank, max_rows: int) -> CostCurve:
     seconds = tuple(accumulate(_least_seconds(rank, widths, near), max))
     further = _least_seconds(rank, widths, far)
     # Where the machine was busier meanwhile a slope comes out too steep: without context a step still costs something.
-    slopes = (min(max(0.0, b - a) / (far - near), a / (2 * near)) for a, b in zip(seconds, further))
-    return CostCurve(widths, seconds, tuple(accumulate(slopes, max)), near)
+    steep = (min(max(0.0, b - a) / (far - near), a / (2 * near)) for a, b in zip(seconds, further))
+    slopes = tuple(accumulate(steep, max))
+    return CostCurve(widths, seconds, slopes, near, _without_rows(widths, slopes))
+
+
+def _without_rows(widths: Sequence[int], slopes: Sequence[float]) -> float:
+    """What a position would cost a session without rows: reading it, and no arithmetic."""
+    intercept = float(np.polyfit(widths, slopes, 1)[1]) if len(widths) > 1 else slopes[0]
+    return min(max(0.0, intercept), slopes[0])
 
 
 def contexts(capacity: int) -> tuple[int, int]:
@@ -99,7 +112,8 @@ def load_curve(path: Path) -> CostCurve | None:
     """None where there is no curve, or something else."""
     try:
         data = json.loads(path.read_text())
-        return CostCurve(tuple(data["rows"]), tuple(data["seconds"]), tuple(data["slopes"]), data["context"])
+        rows, seconds, slopes = (tuple(data[name]) for name in ("rows", "seconds", "slopes"))
+        return CostCurve(rows, seconds, slopes, data["context"], data["session_slope"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster.core.token_tree import TokenTree
-from cluster.rounds.calibration import Calibration, Offers
+from cluster.rounds.calibration import Calibration, Offer
 from cluster.rounds.local_drafter import LocalDrafter
 from cluster.rounds.modes import LEARNING_ROUNDS, LOCAL, MIN_ROUNDS, MIXED, PLAIN, REMOTE, ModeChooser
 from cluster.rounds.pipeline import Pipeline
@@ -75,7 +75,7 @@ class _Lesson:
     tokens: float
     seconds: float | None
     total_s: float | None
-    offers: Offers | None
+    offers: list[Offer]
     outcomes: list[list[int] | None]
 
 
@@ -108,7 +108,7 @@ class ChainDrafter:
         self._alone = StepTimes()
         self._times = self._alone if local is not None else StepTimes()  # of steps that verify guesses
         self._lengths = ChainLengths(self._times)
-        self._offers: Offers | None = None
+        self._offers: list[Offer] = []
         self._lessons: deque[_Lesson] = deque(maxlen=MAX_LESSONS)
         self._last_rows = 0
         self._bases: dict[str, int] = {}  # of the last step's rows that want guesses
@@ -220,7 +220,7 @@ class ChainDrafter:
             if self._alone.known and lesson.mode != MIXED:
                 steps = lesson.total_s / self._alone.seconds(lesson.rows, 0)
                 self._speeds(lesson.rows).observe(lesson.mode, lesson.tokens, steps)
-        if lesson.offers is not None:
+        if lesson.offers:
             self._calibration.observe(lesson.offers, lesson.outcomes)
             for outcome in filter(None, lesson.outcomes):
                 self._gain += (1.0 - GAIN_MEMORY) * (len(outcome) - 1 - self._gain)
@@ -230,7 +230,7 @@ class ChainDrafter:
         emitted = {text.id: text.tokens[self._bases[text.id] :] for text in texts if text.id in self._bases}
         alike = len(rows) == self._last_rows and len(texts) == len(self._bases) == len(emitted) > 0
         steady = alike and not fresh and all(row.new for row in rows)
-        outcomes = [emitted.get(row_id) for row_id in self._offers.session_ids] if self._offers is not None else []
+        outcomes = [emitted.get(offer.session_id) for offer in self._offers]
         self._lessons.append(
             _Lesson(
                 mode=self._mode,
@@ -243,7 +243,7 @@ class ChainDrafter:
                 outcomes=outcomes,
             )
         )
-        self._offers = None
+        self._offers = []
         self._last_rows = len(rows)
         self._bases = {text.id: text.base for text in texts}
 
@@ -260,9 +260,8 @@ class ChainDrafter:
         offered = {row_id: chain for row_id, chain in best.items() if len(chain)}
         if not offered:
             return [[] for _ in texts]
-        self._offers = Offers.of(list(offered), list(offered.values()))
-        scores = [path.tolist() for path in self._calibration.scores(self._offers)]
-        lengths = dict(zip(offered, self._lengths.choose(rows, scores)))
+        self._offers = list(map(Offer.of, offered, offered.values()))
+        lengths = dict(zip(offered, self._lengths.choose(rows, self._calibration.scores(self._offers))))
         for row_id, length in lengths.items():
             if self._remote is not None and row_id in remote:
                 self._remote.verified(row_id, offered[row_id].take(np.arange(length)))

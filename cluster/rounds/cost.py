@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from itertools import accumulate
-
-import numpy as np
+from itertools import accumulate, zip_longest
 
 from cluster.engine.step_cost import CostCurve
-from cluster.rounds.calibration import Float64Array
 
 COMMON_RATE = 0.2  # how fast "the whole machine is slower now" is followed
 SHAPE_RATE = 0.01  # how fast one width's price relative to the others is
@@ -34,25 +31,26 @@ class LiveCost:
         self._shape = [0.0] * len(curve.rows)  # of each width, the log
         self._factors = [1.0] * len(curve.rows)
         self._seen = [0.0] * len(curve.rows)
+        self._tabled: tuple[float | None, list[float]] | None = None
 
-    def at(self, rows: int, context: float | None = None) -> float:
-        """Seconds of a forward pass of ``rows`` rows, each behind ``context`` committed positions."""
+    def at(self, rows: int, context: float | None = None, sessions: int = 1) -> float:
+        """Seconds of a pass of ``rows`` rows of so many sessions, each behind ``context`` committed positions."""
         table = self._table(context)
         low, high, share = self._between(rows)
-        return self._common * (table[low] + share * (table[high] - table[low]))
+        one = table[low] + share * (table[high] - table[low])
+        return self._common * (one + self.curve.other_sessions(context, sessions))
 
-    def span(self, first: int, count: int, context: float | None = None) -> Float64Array:
-        """(count,) seconds of forward passes of ``first``, ``first + 1``, ... rows; never falling."""
-        widths = np.arange(first, first + count)
-        return self._common * np.interp(widths, self.curve.rows, self._table(context))
+    def span(self, first: int, count: int, context: float | None = None, sessions: int = 1) -> list[float]:
+        """Seconds of forward passes of ``first``, ``first + 1``, ... rows, so many of them; never falling."""
+        return [self.at(rows, context, sessions) for rows in range(first, first + count)]
 
-    def observe(self, rows: int, context: float, forward_s: float, other_s: float) -> None:
+    def observe(self, rows: int, context: float, forward_s: float, other_s: float, sessions: int = 1) -> None:
         """A step of ``rows`` rows took ``forward_s`` in the forward pass and ``other_s`` outside it and drafting."""
         other_s = min(other_s, 2.0 * self.overhead + OVERHEAD_CLIP_S)
         self.overhead += OVERHEAD_RATE * (other_s - self.overhead)
         if forward_s <= 0.0:
             return
-        error = max(-CLIP, min(CLIP, math.log(forward_s / self.at(rows, context))))
+        error = max(-CLIP, min(CLIP, math.log(forward_s / self.at(rows, context, sessions))))
         self._common *= math.exp(COMMON_RATE * error)
         low, high, share = self._between(rows)
         for width, weight in ((low, 1.0 - share), (high, share)):
@@ -60,6 +58,7 @@ class LiveCost:
             moved = self._shape[width] + SHAPE_RATE * weight * error
             self._shape[width] = max(-MAX_SHAPE, min(MAX_SHAPE, moved))
             self._factors[width] = math.exp(self._shape[width])
+        self._tabled = None
 
     @property
     def drift(self) -> float:
@@ -68,13 +67,14 @@ class LiveCost:
         return math.exp(max(known) - min(known)) if known else 1.0
 
     def _table(self, context: float | None) -> list[float]:
-        """Seconds at the curve's widths, but for the common factor."""
-        curve = self.curve
-        if not curve.slopes or context is None:
-            return list(accumulate(map(float.__mul__, curve.seconds, self._factors), max))
-        behind = context - curve.context
-        rows = zip(curve.seconds, curve.slopes, self._factors)
-        return list(accumulate(((seconds + behind * slope) * factor for seconds, slope, factor in rows), max))
+        """Seconds at the curve's widths, but for the common factor. Kept: a round asks for the same one many times."""
+        if self._tabled is None or self._tabled[0] != context:
+            curve = self.curve
+            slopes = curve.slopes if context is not None else ()
+            behind = (context or 0.0) - curve.context
+            rows = zip_longest(curve.seconds, slopes, self._factors, fillvalue=0.0)
+            self._tabled = context, list(accumulate(((s + behind * slope) * f for s, slope, f in rows), max))
+        return self._tabled[1]
 
     def _between(self, rows: int) -> tuple[int, int, float]:
         """The widths around ``rows``, and how far from the first to the second it lies."""

@@ -20,8 +20,6 @@ from cluster.rounds.remote_use import RemoteUse
 from cluster.rounds.session import Session
 from drafters.base import Ask
 
-SPARE_NODES = 4  # asked for beyond twice what was verified of late
-RECENT_RATE = 0.2  # at which what was verified of late falls; it rises at once
 NODES_RATE = 0.05  # weight of the newest tree in how large those of remote stages are
 
 
@@ -50,7 +48,6 @@ class Drafting:
         self._pipeline = pipeline
         self._asked: set[str] = set()  # sessions the local drafter was asked for in this round, by the gate's choice
         self._remote: set[str] = set()  # sessions whose guesses of this round the remote stages made
-        self._recent_nodes: dict[str, float] = {}
         self._remote_nodes = 0.0  # of one session's tree, of late, where remote stages made it
         self._round = 0
         self._last_round: dict[str, int] = {}  # that a session was in
@@ -96,7 +93,6 @@ class Drafting:
             self._pipeline.close(session.id)
         self._named.discard(session.id)
         self._governor.forget(session.id)
-        self._recent_nodes.pop(session.id, None)
         self._last_round.pop(session.id, None)
 
     # --- the round
@@ -129,7 +125,7 @@ class Drafting:
         caps = {session.id: self.cap(session) for session in sessions}
         if self._local is not None:
             free = [s for s in sessions if s.id not in found and caps[s.id] > 0 and self._may_ask_local(s)]
-            found |= self._ask_local(self._local, free, caps, self._governor.token_seconds(len(sessions), context))
+            found |= self._ask_local(self._local, free, caps, len(sessions), context)
         return [
             found[session.id].prune(caps[session.id], session.max_depth) if session.id in found else TokenTree.empty()
             for session in sessions
@@ -143,8 +139,6 @@ class Drafting:
             self._remote_nodes += NODES_RATE * (nodes - self._remote_nodes)
         if session.id in self._asked:
             self._governor.gate.observe(session.id, accepted - price)
-            recent = self._recent_nodes.get(session.id, float(self._config.max_nodes))
-            self._recent_nodes[session.id] = max(nodes, recent + RECENT_RATE * (nodes - recent))
 
     def ask(self, commits: Sequence[tuple[Session, Commit]]) -> None:
         """Tell the local drafter what was committed, and ask the remote stages where the next round shall use them."""
@@ -191,16 +185,17 @@ class Drafting:
         return self._local is not None and self._local.stage.name.lower() in stages
 
     def _ask_local(
-        self, local: GuardedDrafter, sessions: Sequence[Session], caps: Mapping[str, int], token_s: float
+        self, local: GuardedDrafter, sessions: Sequence[Session], caps: Mapping[str, int], width: int, context: float
     ) -> dict[str, TokenTree]:
-        """``token_s``: what a token must save to pay, of a step that all sessions wait for, not these alone."""
+        """``width``: sessions in the step, all of which wait for what these cost."""
         if not sessions:
             return {}
         gate, always = self._governor.gate, self._governor.always
         chosen = {session.id for session in sessions if always or not session.speculation.engine_chooses}
         open_to_choice = [session.id for session in sessions if session.id not in chosen]
-        chosen |= gate.choose(open_to_choice, token_s)
-        asks = [Ask(s.id, self._ask_size(s, caps[s.id]), s.max_depth) for s in sessions if s.id in chosen]
+        chosen |= gate.choose(open_to_choice, self._governor.token_seconds(width, context))
+        least = self._governor.least_score(width, context)
+        asks = [Ask(s.id, caps[s.id], s.max_depth, min_score=least) for s in sessions if s.id in chosen]
         if not asks:
             return {}
         start = time.perf_counter()
@@ -209,13 +204,7 @@ class Drafting:
         self._asked = chosen.intersection(open_to_choice)
         return trees
 
-    def _ask_size(self, session: Session, cap: int) -> int:
-        """No more than may be verified, going by what was of late: a larger tree takes longer to make."""
-        if self._governor.always or session.id not in self._recent_nodes:
-            return cap
-        return min(cap, SPARE_NODES + int(2 * self._recent_nodes[session.id]))
-
     def _deadline(self, sessions: int, context: float) -> float:
         config = self._config
-        wait = 1e3 * config.draft_deadline_steps * self._governor.cost.at(sessions, context)
+        wait = 1e3 * config.draft_deadline_steps * self._governor.cost.at(sessions, context, sessions)
         return max(config.draft_deadline_min_ms, min(config.draft_deadline_max_ms, wait)) / 1e3

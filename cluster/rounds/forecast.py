@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from cluster.engine.step_cost import CostCurve
-from cluster.rounds.calibration import Float64Array
 from cluster.rounds.cost import LiveCost
 from cluster.rounds.governor import choose_nodes
 
@@ -23,7 +20,11 @@ class Forecast:
 
 
 def forecast(
-    rounds: Sequence[Sequence[Float64Array]], cost: LiveCost, max_rows: int, draft_s: float = 0.0, context: float = 0.0
+    rounds: Sequence[Sequence[Sequence[float]]],
+    cost: LiveCost,
+    max_rows: int,
+    draft_s: float = 0.0,
+    context: float = 0.0,
 ) -> Forecast:
     """What the governor's choices would bring: ``rounds`` are each session's calibrated path probabilities, by round.
 
@@ -32,12 +33,12 @@ def forecast(
     tokens = seconds = plain_seconds = nodes = sessions = 0.0
     for scores in rounds:
         most = min(max_rows - len(scores), sum(map(len, scores)))
-        steps = cost.span(len(scores), most + 1, context) + cost.overhead
+        steps = [step + cost.overhead for step in cost.span(len(scores), most + 1, context, len(scores))]
         counts = choose_nodes(scores, steps)
-        won = sum(float(np.sort(path)[len(path) - count :].sum()) for path, count in zip(scores, counts))
+        won = sum(sum(sorted(path, reverse=True)[:count]) for path, count in zip(scores, counts))
         tokens += len(scores) + won
-        seconds += float(steps[sum(counts)]) + draft_s
-        plain_seconds += float(steps[0]) * (len(scores) + won) / len(scores)
+        seconds += steps[sum(counts)] + draft_s
+        plain_seconds += steps[0] * (len(scores) + won) / len(scores)
         nodes += sum(counts)
         sessions += len(scores)
     if not rounds:

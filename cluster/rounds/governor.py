@@ -18,13 +18,15 @@ from cluster.core.stats import GovernorReport
 from cluster.core.token_tree import TokenTree
 from cluster.engine.step_cost import STALE_FACTOR, CostCurve
 from cluster.rounds.buckets import Buckets
-from cluster.rounds.calibration import Calibration, Float64Array, Offers
+from cluster.rounds.calibration import Calibration, Offer
 from cluster.rounds.cost import LiveCost
 from cluster.rounds.gate import AskGate
 from cluster.rounds.modes import MIXED, ModeChooser
 
 MARGIN = 1.01  # guessing must promise so much more than guessing nothing
 DRIFT_CHECK = 100  # steps of one width between two looks at how far the cost curve has drifted
+FEW_NODES = 4  # of a session
+LEAST_SHARE = 0.5  # of the score at which a node pays, if that were its chance
 RECENT = 0.98  # of the expected and measured speeds reported is left after a round
 NODES = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0, 192.0, 256.0)
 
@@ -40,40 +42,40 @@ class Choice(enum.StrEnum):
     ALWAYS = "always"  # by configuration, whether they pay or not
 
 
-def choose_nodes(scores: Sequence[Float64Array], seconds: Float64Array, plain: float | None = None) -> list[int]:
+def choose_nodes(scores: Sequence[Sequence[float]], seconds: Sequence[float], plain: float | None = None) -> list[int]:
     """How many of each session's best nodes to verify: one heap over all sessions.
 
     scores: per session, path probabilities in any order. seconds: of the step with 0, 1, 2, ... nodes; its length
     bounds them. plain: seconds of the step without nodes and without prompts, where it reads some: their rows are worth
     what they cost, so that a node must pay as if they were not there.
     """
-    sessions = len(scores)
-    flat = np.concatenate(scores) if scores else np.empty(0)
-    most = min(flat.size, len(seconds) - 1)
-    if most <= 0:
-        return [0] * sessions
-    owner = np.repeat(np.arange(sessions), [len(part) for part in scores])
-    order = np.argsort(-flat, kind="stable")[:most]
-    worth = sessions * seconds[0] / (plain or seconds[0])
-    value = (worth + np.concatenate(([0.0], np.cumsum(flat[order])))) / seconds[: most + 1]
-    best = int(np.argmax(value))
-    if value[best] < MARGIN * value[0]:
-        best = 0
-    return [int(count) for count in np.bincount(owner[order[:best]], minlength=sessions)]
+    counts = [0] * len(scores)
+    ranked = sorted((-score, session) for session, part in enumerate(scores) for score in part)
+    if not ranked or len(seconds) < 2:
+        return counts
+    value = len(scores) * seconds[0] / (plain or seconds[0])
+    most, best = MARGIN * value / seconds[0], 0
+    for number, ((score, _), after) in enumerate(zip(ranked, seconds[1:]), 1):
+        value -= score
+        if value / after > most:
+            most, best = value / after, number
+    for _, session in ranked[:best]:
+        counts[session] += 1
+    return counts
 
 
-def best_nodes(tree: TokenTree, path: Float64Array, count: int) -> tuple[TokenTree, float]:
+def best_nodes(tree: TokenTree, path: Sequence[float], count: int) -> tuple[TokenTree, float]:
     """The ``count`` nodes of highest path probability, and how many of them should be accepted.
 
     Probabilities never grow along a path, so parents come along. The tree keeps the drafter's own scores: these are
     what the calibration is about.
     """
     if count == len(tree):
-        return tree, float(path.sum())
+        return tree, sum(path)
     if count == 0:
         return TokenTree.empty(), 0.0
-    nodes = np.sort(np.argsort(-path, kind="stable")[:count])
-    return tree.take(nodes), float(path[nodes].sum())
+    nodes = sorted(sorted(range(len(path)), key=path.__getitem__, reverse=True)[:count])
+    return tree.take(np.array(nodes)), sum(path[node] for node in nodes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +117,9 @@ class Governor:
         self.nodes = Buckets(NODES)
         self.on_drift: Callable[[], None] | None = None  # called once where the curve measured at start is far off
         self._config = config
-        self._offers: Offers | None = None  # what the round under way was offered, and how many tokens it should yield
+        self._offers: list[Offer] = []  # what the round under way was offered, and how many tokens it should yield
         self._expected = 0.0
-        self._recent = np.zeros(4)  # expected tokens and seconds, measured tokens and seconds
+        self._recent = [0.0] * 4  # expected tokens and seconds, measured tokens and seconds
 
     @property
     def always(self) -> bool:
@@ -127,23 +129,23 @@ class Governor:
         self, session_ids: Sequence[str], trees: Sequence[TokenTree], prompt_rows: int, context: float
     ) -> list[TokenTree]:
         """The sessions' trees pruned to what pays, and to what fits into a step beside the prompts under way."""
-        self._expected, self._offers = float(len(trees)), None
+        self._expected, self._offers = float(len(trees)), []
         if not trees:
             return []
         room = max(0, self._config.max_rows - len(trees) - prompt_rows)
         if not any(map(len, trees)):
             self.choices[Choice.NOTHING_OFFERED] += 1
             return list(trees)
-        self._offers = Offers.of(session_ids, trees)
+        self._offers = list(map(Offer.of, session_ids, trees))
         if self.always:
             self.choices[Choice.ALWAYS] += 1
             return [tree.prune(room // len(trees)) for tree in trees]
         scores = self.calibration.scores(self._offers)
-        offered = len(self._offers.parents)
+        offered = sum(map(len, trees))
         most = min(room, offered)
-        seconds = self._seconds(len(trees) + prompt_rows, most + 1, context)
-        plain = self.cost.at(len(trees), context) + self.cost.overhead
-        counts = choose_nodes(scores, seconds, plain)
+        steps = self.cost.span(len(trees) + prompt_rows, most + 1, context, len(trees))
+        seconds = [step + self.cost.overhead for step in steps]
+        counts = choose_nodes(scores, seconds, self.plain_seconds(len(trees), context))
         self.choices[_why(sum(counts), offered, room)] += 1
         pruned = [best_nodes(tree, path, count) for tree, path, count in zip(trees, scores, counts)]
         self._expected += sum(expected for _, expected in pruned)
@@ -151,19 +153,31 @@ class Governor:
 
     def learn(self, emitted: Sequence[Sequence[int] | None]) -> None:
         """What the target emitted in each session of the last ``budget``; None where it failed."""
-        if self._offers is not None:
-            self.calibration.observe(self._offers, emitted)
+        self.calibration.observe(self._offers, emitted)
+
+    def plain_seconds(self, sessions: int, context: float) -> float:
+        """What a step costs in which so many sessions decode, without guesses."""
+        return self.cost.at(sessions, context, sessions) + self.cost.overhead
 
     def token_seconds(self, sessions: int, context: float) -> float:
         """What one token costs without guessing, while so many sessions decode."""
-        return (self.cost.at(sessions, context) + self.cost.overhead) / max(1, sessions)
+        return self.plain_seconds(sessions, context) / max(1, sessions)
+
+    def least_score(self, sessions: int, context: float) -> float:
+        """What a drafter must score a node for it to be worth a look, while so many sessions decode: less than what
+        pays, since its scores are calibrated only then."""
+        if self.always:
+            return 0.0
+        few = FEW_NODES * sessions
+        added = self.cost.at(sessions + few, context, sessions) - self.cost.at(sessions, context, sessions)
+        return LEAST_SHARE * added / few / self.token_seconds(sessions, context)
 
     def price_of_nodes(self, shape: Shape) -> float:
         """Tokens that plain decoding would have yielded in the time that each node added to the step."""
         if not shape.nodes:
             return 0.0
-        seconds = self.cost.span(shape.rows - shape.nodes, shape.nodes + 1, shape.context)
-        added = float(seconds[-1] - seconds[0]) / shape.nodes
+        without, whole = (self.cost.at(rows, shape.context) for rows in (shape.rows - shape.nodes, shape.rows))
+        added = (whole - without) / shape.nodes
         return added / self.token_seconds(shape.sessions, shape.context)
 
     def observe(self, mode: str, shape: Shape, tokens: int, spent: RoundSpent) -> None:
@@ -173,15 +187,17 @@ class Governor:
             self.rows[shape.sessions + shape.nodes] += 1
             self.nodes.observe(shape.nodes)
         if shape.sessions and not shape.prompt_rows:
-            expected_s = self.cost.at(shape.rows, context) + self.cost.overhead + spent.draft
-            self._recent = RECENT * self._recent + (self._expected, expected_s, tokens, spent.total)
+            expected_s = self.cost.at(shape.rows, context, shape.sessions) + self.cost.overhead + spent.draft
+            news = (self._expected, expected_s, tokens, spent.total)
+            self._recent = [RECENT * old + new for old, new in zip(self._recent, news)]
             if mode != MIXED:
                 # By the curve as it was measured: corrections follow what the mode in use does, and would favour it.
                 sessions = shape.sessions + shape.sitting_out
-                plain_s = self.cost.curve.at(sessions, context) + self.cost.overhead
+                plain_s = self.cost.curve.at(sessions, context, sessions) + self.cost.overhead
                 self.modes.observe(mode, tokens / sessions, spent.total / plain_s)
         if not shape.prompt_rows:  # prompts' rows want no logits: a step with them is none of the curve's
-            self.cost.observe(shape.rows, context, spent.forward, spent.total - spent.forward - spent.draft)
+            other = spent.total - spent.forward - spent.draft
+            self.cost.observe(shape.rows, context, spent.forward, other, shape.sessions)
             if (
                 self.on_drift is not None
                 and self.rows[shape.rows] % DRIFT_CHECK == 0
@@ -209,14 +225,11 @@ class Governor:
 
     @property
     def expected_tokens_per_s(self) -> float:
-        return float(self._recent[0] / self._recent[1]) if self._recent[1] else 0.0
+        return self._recent[0] / self._recent[1] if self._recent[1] else 0.0
 
     @property
     def measured_tokens_per_s(self) -> float:
-        return float(self._recent[2] / self._recent[3]) if self._recent[3] else 0.0
-
-    def _seconds(self, first: int, count: int, context: float) -> Float64Array:
-        return self.cost.span(first, count, context) + self.cost.overhead
+        return self._recent[2] / self._recent[3] if self._recent[3] else 0.0
 
 
 def _why(chosen: int, offered: int, room: int) -> Choice:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cluster.rounds.calibration import Float64Array
+from cluster.core.warp import Float64Array
 
 MEMORY = 0.99  # of what was seen counts after one step more
 OUTLIER = 3.0  # times the expected: something else took the time ...

@@ -121,6 +121,21 @@ def test_a_larger_budget_adds_nodes_and_changes_none(new: Callable[..., SssdDraf
         assert small.parents.tolist() == large.parents.tolist()[:size]
 
 
+def test_nodes_below_the_least_score_are_left_out_and_no_likely_ones(new: Callable[..., SssdDrafter]) -> None:
+    rng = np.random.default_rng(0)
+    store = Datastore.of([rng.integers(0, 6, 50).tolist() for _ in range(20)], 6)
+    drafter = new(rng.integers(0, 6, 200).tolist(), store)
+    whole = drafter.propose([Ask("s", 40, 40)], {})["s"]
+    some = drafter.propose([Ask("s", 40, 40, min_score=0.02)], {})["s"]
+    assert len(some) < len(whole)
+    assert some.scores.min() >= 0.02
+    paths = {tuple(some.tokens[some.path(node)].tolist()) for node in range(len(some))}
+    likely = np.flatnonzero(whole.scores >= 0.04).tolist()  # shorter runs, left out too, have less to say than 0.02
+    assert likely
+    assert all(tuple(whole.tokens[whole.path(node)].tolist()) in paths for node in likely)
+    assert drafter.propose([Ask("s", 40, 40, min_score=0.999)], {}) == {}
+
+
 def test_a_chain_is_the_trees_likeliest_path(new: Callable[..., SssdDrafter]) -> None:
     rng = np.random.default_rng(0)
     text = rng.integers(0, 6, 200).tolist()
@@ -144,15 +159,14 @@ def test_the_compiled_form_gives_the_readable_ones_trees(alphabet: int, num_stor
     rng = np.random.default_rng(alphabet)
     texts = [rng.integers(0, alphabet, 200).tolist() for _ in range(20)]
     stores = [Datastore.of(texts, alphabet + 3), Datastore.of(texts[:3], 70_000)][:num_stores]
-    plain, text = PlainIndex(rules), []
+    plain = PlainIndex(rules)
     for _ in range(30):
         piece = rng.integers(0, alphabet + 1, int(rng.integers(1, 9))).tolist()
-        text += piece
         plain.extend(piece)
         native.extend(piece)
-        for outcomes in (False, True):
-            ours = plain.grow(text, stores, 16, 6, 1, outcomes)
-            theirs = native.grow(text, stores, 16, 6, 1, outcomes)
+        for outcomes, min_score in ((False, 0.0), (True, 0.0), (False, 0.03)):
+            ours = plain.grow(stores, 16, 6, 1, outcomes, min_score)
+            theirs = native.grow(stores, 16, 6, 1, outcomes, min_score)
             assert ours.tokens.tolist() == theirs.tokens.tolist()
             assert ours.parents.tolist() == theirs.parents.tolist()
             assert ours.scores.tolist() == theirs.scores.tolist()

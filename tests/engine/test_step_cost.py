@@ -42,6 +42,22 @@ def test_context_is_paid_for_by_the_slope():
     assert CostCurve((1, 4), (1.0, 2.0)).at(4, 1000) == 2.0
 
 
+def test_every_session_but_the_first_reads_its_own_context():
+    curve = CostCurve((1, 4), (1.0, 2.0), (0.01, 0.02), context=50, session_slope=0.005)
+    assert curve.at(4, 150, 1) == pytest.approx(4.0)
+    assert curve.at(4, 150, 3) == pytest.approx(4.0 + 2 * 150 * 0.005)
+    assert curve.at(4) == curve.at(4, None, 3) == 2.0
+
+
+@pytest.mark.parametrize(("rows_cost", "reading"), [(0.25, 1.5), (0.25, 0.0), (0.0, 1.5)])
+def test_what_reading_a_context_costs_is_told_from_what_its_rows_cost(rank, monkeypatch, rows_cost, reading):
+    def seconds(rank, widths, context):
+        return [1e6 + context * (reading + rows_cost * width) for width in widths]
+
+    monkeypatch.setattr(step_cost, "_least_seconds", seconds)
+    assert measure_steps(rank, 32).session_slope == pytest.approx(reading, abs=1e-9)
+
+
 def test_a_kept_curve_is_read_back_while_it_holds(rank, tmp_path, monkeypatch):
     path = tmp_path / "curve.json"
     reports: list[str] = []

@@ -12,7 +12,7 @@ import pytest
 from cluster.core.config import EngineConfig
 from cluster.core.token_tree import TokenTree
 from cluster.engine.step_cost import CostCurve
-from cluster.rounds.calibration import Calibration, Offers, emitted_path
+from cluster.rounds.calibration import Calibration, Offer, emitted_path
 from cluster.rounds.cost import LiveCost
 from cluster.rounds.governor import MARGIN, Governor, RoundSpent, Shape, choose_nodes
 from cluster.rounds.modes import ModeChooser
@@ -21,14 +21,14 @@ CURVE = CostCurve((1, 4, 8, 16), (1.0, 1.1, 1.5, 3.0))
 
 
 def observe(calibration: Calibration, tree: TokenTree, emitted: Sequence[int] | None, name: str = "s") -> None:
-    calibration.observe(Offers.of([name], [tree]), [emitted])
+    calibration.observe([Offer.of(name, tree)], [emitted])
 
 
-def scores(calibration: Calibration, tree: TokenTree, name: str = "s") -> np.ndarray:
-    return calibration.scores(Offers.of([name], [tree]))[0]
+def scores(calibration: Calibration, tree: TokenTree, name: str = "s") -> list[float]:
+    return calibration.scores([Offer.of(name, tree)])[0]
 
 
-def span(first: int, count: int) -> np.ndarray:
+def span(first: int, count: int) -> list[float]:
     """Seconds of steps of ``first``, ``first + 1``, ... rows."""
     return LiveCost(CURVE).span(first, count)
 
@@ -53,6 +53,15 @@ def test_worthless_guesses_are_not_verified() -> None:
 
 def test_sure_guesses_are_verified() -> None:
     assert choose_nodes([np.full(3, 0.9)], span(1, 9)) == [3]
+
+
+def test_drafters_are_told_to_leave_out_what_could_not_pay() -> None:
+    curve = CostCurve((1, 64), (1.0, 7.3))  # a row costs a tenth of a second
+    governor = Governor(EngineConfig(), curve)
+    alone, many = governor.least_score(1, 0.0), governor.least_score(10, 0.0)
+    assert 0.0 < alone < 0.1  # a node pays from 0.1 on
+    assert alone < many < 0.1 / (1.9 / 10)
+    assert Governor(EngineConfig(governor="always"), curve).least_score(1, 0.0) == 0.0
 
 
 def test_no_sessions_no_nodes() -> None:
@@ -104,13 +113,13 @@ def test_sessions_laid_out_together_count_as_they_would_alone() -> None:
         trees = [random_tree(rng) for _ in range(4)]
         emitted = [rng.integers(0, 4, 3).tolist() if at != 2 else None for at in range(4)]
         names = ["a", "b", "c", "d"]
-        together.observe(Offers.of(names, trees), emitted)
+        together.observe(list(map(Offer.of, names, trees)), emitted)
         for name, tree, tokens in zip(names, trees, emitted):
             observe(alone, tree, tokens, name)
-        for name, tree, path in zip(names, trees, together.scores(Offers.of(names, trees))):
+        for name, tree, path in zip(names, trees, together.scores(list(map(Offer.of, names, trees)))):
             assert len(path) == len(tree)
-            parents = np.concatenate((path, [1.0]))[tree.parents]
-            assert (path <= parents).all()
+            above = [*path, 1.0]
+            assert all(score <= above[parent] for score, parent in zip(path, tree.parents.tolist()))
             assert path == pytest.approx(scores(alone, tree, name), rel=0.15)
 
 

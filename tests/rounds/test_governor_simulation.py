@@ -96,8 +96,18 @@ def test_a_width_that_costs_otherwise_than_measured_is_learnt_and_reported_as_dr
 
 def test_context_costs_what_was_measured() -> None:
     cost = LiveCost(CostCurve((1, 4), (1.0, 2.0), (0.001, 0.002), context=100))
-    assert cost.span(1, 4, 1100.0).tolist() == pytest.approx([2.0, 2.0 + 2 / 3, 2.0 + 4 / 3, 4.0])
+    assert cost.span(1, 4, 1100.0) == pytest.approx([2.0, 2.0 + 2 / 3, 2.0 + 4 / 3, 4.0])
     assert cost.at(1) == pytest.approx(1.0)
+
+
+def test_steps_of_many_sessions_teach_nothing_false_about_rows() -> None:
+    curve = CostCurve((1, 8, 16), (1.0, 2.0, 3.0), (1e-3,) * 3, context=0, session_slope=1e-3)
+    cost = LiveCost(curve)
+    for at in range(500):
+        rows, sessions = ((1, 1), (8, 8), (16, 8), (16, 1))[at % 4]
+        cost.observe(rows, 500.0, curve.at(rows, 500.0, sessions), 0.0, sessions)
+    assert cost.drift == pytest.approx(1.0, abs=1e-6)
+    assert cost.at(16, 500.0, 8) - cost.at(8, 500.0, 8) == pytest.approx(1.0)
 
 
 def test_a_gate_asks_everybody_until_something_is_known_and_again_now_and_then() -> None:
