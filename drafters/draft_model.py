@@ -183,7 +183,7 @@ class ModelDrafter:
         # A node at depth d is evaluated at position base + d - 1; the deepest level needs no evaluation.
         max_depth = min(ask.max_depth, self._max_len - base + 1)
         hints = usable(upstream.get(ask.session_id), self._rank.config.vocab_size)
-        growth = Growth(ask.max_nodes, max_depth, hints, self._options, self.stage)
+        growth = Growth(ask.max_nodes, max_depth, hints, self._options, self.stage, ask.min_score)
         return Plot(ask.session_id, slot, lead, base, session.params, session.history, growth)
 
     def _prefill(self, behind: Sequence[tuple[str, SlotRows]]) -> None:

@@ -37,11 +37,19 @@ class Growth:
     """
 
     def __init__(
-        self, max_nodes: int, max_depth: int, upstream: TokenTree, options: GrowthOptions, stage: Origin
+        self,
+        max_nodes: int,
+        max_depth: int,
+        upstream: TokenTree,
+        options: GrowthOptions,
+        stage: Origin,
+        min_score: float = 0.0,
     ) -> None:
+        """``min_score``: as of an ask; it holds where the options' own is lower."""
         self.max_nodes = max_nodes
         self._max_depth = max_depth
         self._options = options
+        self._min_score = max(min_score, options.min_score)
         self._stage = stage
         self.tokens: list[int] = []
         self.depths: list[int] = []
@@ -136,7 +144,7 @@ class Growth:
 
         def pays(node: int) -> bool:
             score = self._scores[node]
-            return score >= self._options.min_score and score > last and self.depths[node] < self._max_depth
+            return score >= self._min_score and score > last and self.depths[node] < self._max_depth
 
         if tip == ROOT or not pays(tip):
             return []

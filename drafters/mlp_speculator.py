@@ -77,7 +77,7 @@ class MlpSpeculator(Follower):
             state = self._state(ask.session_id, session)
             if state is not None:
                 hints = usable(upstream.get(ask.session_id), self._vocab_size)
-                growth = Growth(ask.max_nodes, ask.max_depth, hints, self._options, self.stage)
+                growth = Growth(ask.max_nodes, ask.max_depth, hints, self._options, self.stage, ask.min_score)
                 plots[ask.session_id] = _Plot(session, growth, state)
         if plots:
             self._grow(list(plots.values()))

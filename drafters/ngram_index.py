@@ -2,7 +2,7 @@
 
 Owns the counts; knows nothing of trees, budgets or scores (``sssd.py``). Appending a token costs ``query + 1``
 dictionary steps. The newest tokens count at once: each of the last start positions keeps a cursor in the trie.
-``sssd.cpp`` has the same class for machines with a compiler.
+``trie.h`` has the same class for machines with a compiler.
 """
 
 from __future__ import annotations

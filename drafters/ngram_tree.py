@@ -12,7 +12,7 @@ A tree of outcomes is for a verifier of chains, and for the step after: the targ
 what it says will be that path's beginning and one token more. So nodes of that path have all their followers, looked
 for in more samples, and others the likeliest alone, but that without fail.
 
-This module is the readable form; ``sssd.cpp`` does the same arithmetic in the same order.
+This module is the readable form; ``sssd.cpp`` and the headers beside it do the same arithmetic in the same order.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class S3DDrafter(Follower):
         # Row i stands at position base - 1 + i, and so does a node of depth i.
         max_depth = min(ask.max_depth, self._max_len - base + 1)
         depth = min(self._gamma, max_depth)
-        growth = Growth(ask.max_nodes, max_depth, hint or TokenTree.empty(), self._growing, self.stage)
+        growth = Growth(ask.max_nodes, max_depth, hint or TokenTree.empty(), self._growing, self.stage, ask.min_score)
         nodes = likeliest(growth, self._options.upstream_rows)
         row_of = {ROOT: 0, **{node: row for row, node in enumerate(nodes, depth)}}
         masks = range(self._rank.config.vocab_size, self._rank.config.vocab_size + depth - 1)

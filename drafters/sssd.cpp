@@ -6,8 +6,8 @@
 // how many reads wait for each other.
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 #include "store.h"
@@ -220,8 +220,9 @@ class Text {
     }
 
     const State& root(const Grower& grower, const Store* stores, int num_stores) {
-        std::vector<int64_t> numbers(num_stores);
-        std::transform(stores, stores + num_stores, numbers.begin(), [](const Store& store) { return store.number; });
+        std::array<int64_t, kMaxStores> numbers;
+        numbers.fill(kNone);
+        for (int s = 0; s < num_stores; ++s) numbers[s] = stores[s].number;
         if (numbers != numbers_ || behind_ > int(newest_.size())) {
             root_ = State();
             numbers_ = numbers;
@@ -237,7 +238,7 @@ class Text {
     Trie trie_;
     std::vector<int32_t> newest_;
     State root_;
-    std::vector<int64_t> numbers_;  // of the stores that root_ is about
+    std::array<int64_t, kMaxStores> numbers_{kNone, kNone};  // of the stores that root_ is about
     int behind_ = 0;                // tokens it has not seen
 };
 

@@ -86,7 +86,7 @@ class StagedDrafter:
     def _guess_small(self, asks: Sequence[Ask], upstream: Mapping[str, TokenTree]) -> dict[str, TokenTree]:
         """Small's trees that keep a tree's invariants."""
         known = [
-            replace(ask, max_nodes=max(ask.max_nodes, self._small_nodes))
+            replace(ask, max_nodes=max(ask.max_nodes, self._small_nodes), min_score=0.0)
             for ask in asks
             if ask.session_id in self._small_holds
         ]

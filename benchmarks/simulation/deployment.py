@@ -31,6 +31,7 @@ class CurveConfig(_Config):
     seconds: tuple[float, ...] = ()
     slopes: tuple[float, ...] = Field(default=(), description="seconds a position adds, as the governor believes")
     context: int = Field(default=0, ge=0, description="positions behind which seconds were measured")
+    session_slope: float = Field(default=0.0, ge=0.0, description="what a position adds for every further session")
     model: Model | None = None
     machine: Machine | None = None
 
@@ -52,7 +53,7 @@ class CurveConfig(_Config):
         if self.model is not None and self.machine is not None:
             return roofline(self.model, self.machine, max_rows)
         if self.file is None:
-            return CostCurve(self.rows, self.seconds, self.slopes, self.context)
+            return CostCurve(self.rows, self.seconds, self.slopes, self.context, self.session_slope)
         curve = load_curve(self.file)
         if curve is None:
             raise ConfigError(f"curve.file: {self.file} holds no cost curve")

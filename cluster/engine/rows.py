@@ -55,6 +55,8 @@ def lay_out(batch: Sequence[SlotRows], kv: KVCache, vocab_size: int) -> StepRows
         prefixes += [prefix] * count
         cache_rows += range(first, first + count)
         flags += [rows.logits] * count if isinstance(rows.logits, bool) else rows.logits.tolist()
+    if len(flags) != len(paths):
+        raise ValueError(f"{len(flags)} rows want logits or do not, of {len(paths)}")
     lengths = [len(path) for path in paths]
     positions = [prefix + length - 1 for prefix, length in zip(prefixes, lengths)]
     table = np.zeros((len(paths), max(lengths, default=0)), np.int32)

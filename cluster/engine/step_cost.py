@@ -1,4 +1,4 @@
-"""What a step costs on this machine, by number of rows and length of context: the governor's cost curve.
+"""What a step costs on this machine, by rows, length of context and sessions: the governor's cost curve.
 
 Measured once and kept on disk by what it depends on; a kept curve is believed where two quick looks agree with it.
 """
@@ -29,8 +29,11 @@ SOURCES = (".py", ".h", ".cpp")
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 CONTEXT = 64  # committed positions behind which rows are measured first ...
 FAR_CONTEXT = 1024  # ... and once more, to know what context costs
-LEAST_LOOKS, MOST_LOOKS = 4, 16  # at each width, for as long as this takes no longer than ...
-PATIENCE_S = 3.0  # ... so many seconds: an engine starts while much else does, and the curve outlives that
+QUIET_LOOKS = 4  # at all widths that show nothing clearly faster end the measurement ...
+SETTLED = (
+    0.97  # ... faster, that is, by this factor; an engine starts while much else does, and the curve outlives that
+)
+PATIENCE_S = 8.0  # for each context
 STALE_FACTOR = 1.5  # how far a kept curve may be from what a look shows
 
 
@@ -82,8 +85,10 @@ def measure_steps(rank: Rank, max_rows: int) -> CostCurve:
 
 
 def _without_rows(widths: Sequence[int], slopes: Sequence[float]) -> float:
-    """What a position would cost a session without rows: reading it, and no arithmetic."""
-    intercept = float(np.polyfit(widths, slopes, 1)[1]) if len(widths) > 1 else slopes[0]
+    """What a position would cost a session without rows: reading it, and no arithmetic. By narrow steps: where few rows
+    wait for memory, arithmetic shows only in wide ones."""
+    narrow = max(2, (len(widths) + 1) // 2)
+    intercept = float(np.polyfit(widths[:narrow], slopes[:narrow], 1)[1]) if len(widths) > 1 else slopes[0]
     return min(max(0.0, intercept), slopes[0])
 
 
@@ -144,15 +149,17 @@ def _least_seconds(rank: Rank, widths: Sequence[int], context: int) -> list[floa
     try:
         rank.kv.fill(slot, context)
         least = dict.fromkeys(widths, math.inf)
-        enough = time.perf_counter() + PATIENCE_S
-        for number in range(MOST_LOOKS):
-            if number >= LEAST_LOOKS and time.perf_counter() > enough:
-                break
+        enough, quiet = time.perf_counter() + PATIENCE_S, 0
+        while quiet < QUIET_LOOKS and time.perf_counter() < enough:
+            quiet += 1
             for width in widths:
                 rows = _chain(slot, min(width, rank.kv.scratch))
                 start = time.perf_counter()
                 rank.forward([rows])
-                least[width] = min(least[width], time.perf_counter() - start)
+                seconds = time.perf_counter() - start
+                if seconds < SETTLED * least[width]:
+                    quiet = 0
+                least[width] = min(least[width], seconds)
         return list(least.values())
     finally:
         rank.kv.free(slot)

@@ -92,13 +92,13 @@ class Calibration:
         """Counts nodes next to an emitted token: their parent lies on the emitted path, and a token followed there."""
         path = emitted_path(offer, emitted)
         followed, right = {-1, *path[: len(emitted) - 1]}, set(path)
-        expected = 0.0
-        for node, (parent, kind) in enumerate(zip(offer.parents, offer.kinds)):
-            if parent in followed:
-                expected += self._rate(kind, offer.chances[node])
-                keep = min(1.0, MAX_TRIALS / (self._trials[kind] + 1.0))
-                self._trials[kind] = keep * (self._trials[kind] + 1.0)
-                self._hits[kind] = keep * (self._hits[kind] + (node in right))
+        tested = [node for node, parent in enumerate(offer.parents) if parent in followed]
+        expected = sum(self._rate(offer.kinds[node], offer.chances[node]) for node in tested)
+        for node in tested:
+            kind = offer.kinds[node]
+            keep = min(1.0, MAX_TRIALS / (self._trials[kind] + 1.0))
+            self._trials[kind] = keep * (self._trials[kind] + 1.0)
+            self._hits[kind] = keep * (self._hits[kind] + (node in right))
         mood = self._moods.get(offer.session_id)
         if mood is None:
             mood = self._moods[offer.session_id] = _Mood()

@@ -40,9 +40,9 @@ class LiveCost:
         one = table[low] + share * (table[high] - table[low])
         return self._common * (one + self.curve.other_sessions(context, sessions))
 
-    def span(self, first: int, count: int, context: float | None = None, sessions: int = 1) -> list[float]:
-        """Seconds of forward passes of ``first``, ``first + 1``, ... rows, so many of them; never falling."""
-        return [self.at(rows, context, sessions) for rows in range(first, first + count)]
+    def rounds(self, first: int, count: int, context: float | None = None, sessions: int = 1) -> list[float]:
+        """Seconds of ``count`` rounds with ``first``, ``first + 1``, ... rows, without drafting; never falling."""
+        return [self.at(rows, context, sessions) + self.overhead for rows in range(first, first + count)]
 
     def observe(self, rows: int, context: float, forward_s: float, other_s: float, sessions: int = 1) -> None:
         """A step of ``rows`` rows took ``forward_s`` in the forward pass and ``other_s`` outside it and drafting."""

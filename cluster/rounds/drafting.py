@@ -105,7 +105,7 @@ class Drafting:
         """
         now = self._free_to_go(decoding, busy)
         free = all(session.speculation.engine_chooses and self.cap(session) for session in now)
-        self._two_groups = free and self._may_alternate(len(now))
+        self._two_groups = free and self._may_alternate(now)
         group = now
         if self.mode == ALTERNATING and self._two_groups and not busy:  # a step full of prompts takes as long for half
             rested = [session for session in now if self._last_round.get(session.id, 0) < self._round] or now
@@ -169,12 +169,14 @@ class Drafting:
         now = [s for s in decoding if not s.speculation.stages or not pipeline.awaits(s.id, patience)]
         return now if now or busy else list(decoding)
 
-    def _may_alternate(self, sessions: int) -> bool:
-        """Whether two groups of so many sessions are a way: by configuration, or by what a step and a draft take."""
-        if self._pipeline is None or sessions < 2 or self._config.session_groups != "auto":
-            return sessions > 1 and self._config.session_groups == "two"
+    def _may_alternate(self, sessions: Sequence[Session]) -> bool:
+        """Whether two groups of these sessions are a way: by configuration, or by what a step and a draft take."""
+        count = len(sessions)
+        if self._pipeline is None or count < 2 or self._config.session_groups != "auto":
+            return count > 1 and self._config.session_groups == "two"
         cost, width = self._governor.cost, 1.0 + self._remote_nodes
-        whole, half = (cost.at(round(count * width)) + cost.overhead for count in (sessions, (sessions + 1) // 2))
+        context = sum(session.base for session in sessions) / count
+        whole, half = (cost.at(round(n * width), context, n) + cost.overhead for n in (count, (count + 1) // 2))
         return alternation_pays(self._pipeline.reply_s, whole, half)
 
     def _may_ask_local(self, session: Session) -> bool:

@@ -33,7 +33,7 @@ def forecast(
     tokens = seconds = plain_seconds = nodes = sessions = 0.0
     for scores in rounds:
         most = min(max_rows - len(scores), sum(map(len, scores)))
-        steps = [step + cost.overhead for step in cost.span(len(scores), most + 1, context, len(scores))]
+        steps = cost.rounds(len(scores), most + 1, context, len(scores))
         counts = choose_nodes(scores, steps)
         won = sum(sum(sorted(path, reverse=True)[:count]) for path, count in zip(scores, counts))
         tokens += len(scores) + won

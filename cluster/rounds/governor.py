@@ -25,8 +25,8 @@ from cluster.rounds.modes import MIXED, ModeChooser
 
 MARGIN = 1.01  # guessing must promise so much more than guessing nothing
 DRIFT_CHECK = 100  # steps of one width between two looks at how far the cost curve has drifted
-FEW_NODES = 4  # of a session
-LEAST_SHARE = 0.5  # of the score at which a node pays, if that were its chance
+NODES_RATE = 0.05  # weight of the newest step in how many nodes a session's tree keeps
+LEAST_SHARE = 0.5  # of the score at which a node would pay, if the score were its chance
 RECENT = 0.98  # of the expected and measured speeds reported is left after a round
 NODES = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0, 192.0, 256.0)
 
@@ -117,8 +117,9 @@ class Governor:
         self.nodes = Buckets(NODES)
         self.on_drift: Callable[[], None] | None = None  # called once where the curve measured at start is far off
         self._config = config
-        self._offers: list[Offer] = []  # what the round under way was offered, and how many tokens it should yield
-        self._expected = 0.0
+        self._offers: list[Offer] = []  # what the round under way was offered ...
+        self._expected = 0.0  # ... and how many tokens it should yield
+        self._tree_nodes = 0.0  # that a session's tree kept of late
         self._recent = [0.0] * 4  # expected tokens and seconds, measured tokens and seconds
 
     @property
@@ -143,8 +144,7 @@ class Governor:
         scores = self.calibration.scores(self._offers)
         offered = sum(map(len, trees))
         most = min(room, offered)
-        steps = self.cost.span(len(trees) + prompt_rows, most + 1, context, len(trees))
-        seconds = [step + self.cost.overhead for step in steps]
+        seconds = self.cost.rounds(len(trees) + prompt_rows, most + 1, context, len(trees))
         counts = choose_nodes(scores, seconds, self.plain_seconds(len(trees), context))
         self.choices[_why(sum(counts), offered, room)] += 1
         pruned = [best_nodes(tree, path, count) for tree, path, count in zip(trees, scores, counts)]
@@ -153,7 +153,8 @@ class Governor:
 
     def learn(self, emitted: Sequence[Sequence[int] | None]) -> None:
         """What the target emitted in each session of the last ``budget``; None where it failed."""
-        self.calibration.observe(self._offers, emitted)
+        if self._offers:
+            self.calibration.observe(self._offers, emitted)
 
     def plain_seconds(self, sessions: int, context: float) -> float:
         """What a step costs in which so many sessions decode, without guesses."""
@@ -165,20 +166,22 @@ class Governor:
 
     def least_score(self, sessions: int, context: float) -> float:
         """What a drafter must score a node for it to be worth a look, while so many sessions decode: less than what
-        pays, since its scores are calibrated only then."""
-        if self.always:
+        nodes beyond the usual ones would have to, since scores are calibrated only then."""
+        if self.always or not sessions:
             return 0.0
-        few = FEW_NODES * sessions
-        added = self.cost.at(sessions + few, context, sessions) - self.cost.at(sessions, context, sessions)
-        return LEAST_SHARE * added / few / self.token_seconds(sessions, context)
+        most = self._config.max_rows
+        usual = min(round(sessions * (1.0 + self._tree_nodes)), most - 1)
+        wider = min(usual + max(2, sessions), most)
+        added = self.cost.at(wider, context, sessions) - self.cost.at(usual, context, sessions)
+        return LEAST_SHARE * added / (wider - usual) / self.token_seconds(sessions, context)
 
     def price_of_nodes(self, shape: Shape) -> float:
         """Tokens that plain decoding would have yielded in the time that each node added to the step."""
         if not shape.nodes:
             return 0.0
-        without, whole = (self.cost.at(rows, shape.context) for rows in (shape.rows - shape.nodes, shape.rows))
-        added = (whole - without) / shape.nodes
-        return added / self.token_seconds(shape.sessions, shape.context)
+        rows, context, sessions = shape.rows, shape.context, shape.sessions
+        added = self.cost.at(rows, context, sessions) - self.cost.at(rows - shape.nodes, context, sessions)
+        return added / shape.nodes / self.token_seconds(sessions, context)
 
     def observe(self, mode: str, shape: Shape, tokens: int, spent: RoundSpent) -> None:
         """A round is over. ``mode``: where its guesses came from, as far as all sessions left that to the engine."""
@@ -186,6 +189,7 @@ class Governor:
         if shape.sessions:
             self.rows[shape.sessions + shape.nodes] += 1
             self.nodes.observe(shape.nodes)
+            self._tree_nodes += NODES_RATE * (shape.nodes / shape.sessions - self._tree_nodes)
         if shape.sessions and not shape.prompt_rows:
             expected_s = self.cost.at(shape.rows, context, shape.sessions) + self.cost.overhead + spent.draft
             news = (self._expected, expected_s, tokens, spent.total)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import simulate
-from benchmarks.simulation.deployment import Deployment, changed, described
+from benchmarks.simulation.deployment import CurveConfig, Deployment, changed, described
 from benchmarks.simulation.fit import Sample, Watch, fit_forward, fit_rest
 from benchmarks.simulation.prices import DraftPrice, Machine, Model, StepPrice, roofline, rows_cost
 from benchmarks.simulation.record import record
@@ -299,6 +299,11 @@ def test_a_curve_that_the_engine_kept_is_the_targets(tmp_path: Path) -> None:
     found = run(data)
     assert found.targets[0].scheduler.governor.cost.curve == kept
     assert found.seconds == pytest.approx(kept.at(16) + 10 * kept.at(1))
+
+
+def test_a_measured_curve_is_written_down_whole() -> None:
+    measured = CostCurve((1, 64), (2e-3, 4e-3), (1e-6, 2e-6), 64, 1e-6)
+    assert CurveConfig(**asdict(measured)).curve(64) == measured
 
 
 def test_more_rows_than_the_widest_step_are_several_steps() -> None:

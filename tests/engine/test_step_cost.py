@@ -49,13 +49,29 @@ def test_every_session_but_the_first_reads_its_own_context():
     assert curve.at(4) == curve.at(4, None, 3) == 2.0
 
 
-@pytest.mark.parametrize(("rows_cost", "reading"), [(0.25, 1.5), (0.25, 0.0), (0.0, 1.5)])
-def test_what_reading_a_context_costs_is_told_from_what_its_rows_cost(rank, monkeypatch, rows_cost, reading):
+@pytest.mark.parametrize(
+    ("rows_cost", "reading", "free_rows"), [(0.25, 1.5, 0), (0.25, 0.0, 0), (0.0, 1.5, 0), (0.25, 1.5, 16)]
+)
+def test_what_reading_a_context_costs_is_told_from_what_its_rows_cost(rank, monkeypatch, rows_cost, reading, free_rows):
     def seconds(rank, widths, context):
-        return [1e6 + context * (reading + rows_cost * width) for width in widths]
+        return [1e6 + context * (reading + rows_cost * max(0, width - free_rows)) for width in widths]
 
     monkeypatch.setattr(step_cost, "_least_seconds", seconds)
     assert measure_steps(rank, 32).session_slope == pytest.approx(reading, abs=1e-9)
+
+
+def test_looks_go_on_as_long_as_they_find_something_faster(rank, monkeypatch):
+    """An engine starts while much else does: what its first looks show is no price for as long as it lives."""
+    clock, looks = [0.0], [0]
+
+    def forward(batch):
+        looks[0] += 1
+        clock[0] += 1e-3 * (5.0 - 0.25 * looks[0] if looks[0] < 16 else 1.0)
+
+    monkeypatch.setattr(step_cost.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(rank, "forward", forward)
+    assert step_cost._least_seconds(rank, (1,), 8) == [pytest.approx(1e-3)]
+    assert looks[0] == 16 + step_cost.QUIET_LOOKS
 
 
 def test_a_kept_curve_is_read_back_while_it_holds(rank, tmp_path, monkeypatch):

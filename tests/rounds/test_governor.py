@@ -30,7 +30,7 @@ def scores(calibration: Calibration, tree: TokenTree, name: str = "s") -> list[f
 
 def span(first: int, count: int) -> list[float]:
     """Seconds of steps of ``first``, ``first + 1``, ... rows."""
-    return LiveCost(CURVE).span(first, count)
+    return LiveCost(CURVE).rounds(first, count)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -62,6 +62,25 @@ def test_drafters_are_told_to_leave_out_what_could_not_pay() -> None:
     assert 0.0 < alone < 0.1  # a node pays from 0.1 on
     assert alone < many < 0.1 / (1.9 / 10)
     assert Governor(EngineConfig(governor="always"), curve).least_score(1, 0.0) == 0.0
+
+
+@pytest.mark.parametrize("sessions", [1, 15, 16])
+def test_a_step_without_room_asks_for_the_likeliest_at_most(sessions: int) -> None:
+    governor = Governor(EngineConfig(max_rows=16, kv_slots=16), CostCurve((1, 16), (1.0, 2.5)))
+    assert governor.least_score(sessions, 0.0) >= 0.4 * 0.1 * sessions / (1.0 + 0.1 * (sessions - 1))
+
+
+def test_rounds_in_which_nothing_was_offered_are_no_evidence() -> None:
+    class Strict(Calibration):
+        def observe(self, offers: Sequence[Offer], emitted: Sequence[Sequence[int] | None]) -> None:
+            assert offers
+            super().observe(offers, emitted)
+
+    governor = Governor(EngineConfig(), CURVE)
+    governor.calibration = Strict()
+    for trees in ([], [TokenTree.empty()], [TokenTree.build([1], [-1], [0.5], 1)]):
+        governor.budget(["s"][: len(trees)], trees, 0, 0.0)
+        governor.learn([[1, 2]] * len(trees))
 
 
 def test_no_sessions_no_nodes() -> None:

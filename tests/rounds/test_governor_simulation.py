@@ -96,7 +96,7 @@ def test_a_width_that_costs_otherwise_than_measured_is_learnt_and_reported_as_dr
 
 def test_context_costs_what_was_measured() -> None:
     cost = LiveCost(CostCurve((1, 4), (1.0, 2.0), (0.001, 0.002), context=100))
-    assert cost.span(1, 4, 1100.0) == pytest.approx([2.0, 2.0 + 2 / 3, 2.0 + 4 / 3, 4.0])
+    assert cost.rounds(1, 4, 1100.0) == pytest.approx([2.0, 2.0 + 2 / 3, 2.0 + 4 / 3, 4.0])
     assert cost.at(1) == pytest.approx(1.0)
 
 

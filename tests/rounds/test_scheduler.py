@@ -373,8 +373,8 @@ def test_two_groups_are_tried_only_where_they_may_pay(rank: Rank) -> None:
         (FLAT, "two", True),
     ):
         rig = Rig(rank, None, pipeline, curve=curve, session_groups=groups, governor="auto")
-        assert rig.scheduler._drafting._may_alternate(8) is found
-        assert rig.scheduler._drafting._may_alternate(1) is False
+        may_alternate, one = rig.scheduler._drafting._may_alternate, rig.submit([3])
+        assert (may_alternate([one] * 8), may_alternate([one])) == (found, False)
 
 
 def test_a_modes_speed_counts_the_sessions_that_sit_a_step_out() -> None:
